@@ -1,0 +1,104 @@
+"""Fixtures that every test may use: small image folders made here, real photographs where they are present, real ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def photos(shared_data: Path) -> list[Path]:
+    """Photographs at their native size, sorted by name."""
+    return sorted((shared_data / "photos").glob("*.JPEG"))
+
+
+@pytest.fixture(scope="session")
+def troublesome(shared_data: Path) -> list[Path]:
+    """Awkward, broken and hostile files."""
+    return sorted(p for p in (shared_data / "troublesome").rglob("*") if p.is_file() and p.name != "MANIFEST.tsv")
+
+
+def make_image_folder(root: Path, classes: int = 3, per_class: int = 20, side: int = 48) -> Path:
+    """Writes class folders of small smooth pictures, JPEG and PNG, of differing sizes, the same every time."""
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        folder = root / f"class_{c}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            size = (side + int(rng.integers(0, 24)), side + int(rng.integers(0, 24)))
+            image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+            if i % 4 == 3:
+                image.save(folder / f"image_{i:03d}.png")
+            else:
+                image.save(folder / f"image_{i:03d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 small images in three class folders."""
+    return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def shards_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`image_folder` through make_shards: four shards of 15."""
+    destination = tmp_path_factory.mktemp("made") / "shards"
+    command = [sys.executable, "-m", "pipeline.make_shards", str(image_folder), str(destination)]
+    subprocess.run([*command, "--samples_per_shard", "15", "--workers", "1"], check=True, cwd=REPOSITORY, timeout=120)
+    return destination
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def cpu_environment(**extra: str) -> dict[str, str]:
+    """The environment of a child process: no GPU, one thread, the repository importable."""
+    env = dict(os.environ, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return env | extra
+
+
+@pytest.fixture
+def run_ranks() -> Iterator[Callable[..., str]]:
+    """`run_ranks(nproc, *script_and_arguments, timeout=120)`: torchrun on loopback; returns what the ranks printed."""
+
+    def run(nproc: int, *arguments: str | Path, timeout: float = 120, **env: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", *map(str, arguments)]
+        result = subprocess.run(
+            command, env=cpu_environment(**env), cwd=REPOSITORY, timeout=timeout, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+        return result.stdout
+
+    yield run
