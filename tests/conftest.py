@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: small image folders made here, real photographs where they are present, real ranks."""
+"""Fixtures for every test: small image folders made here, real photographs where present, real ranks."""
 
 import os
 import socket
