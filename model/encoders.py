@@ -1,0 +1,116 @@
+"""Encoders: images [N, 3, H, W] -> vectors [N, dim], not normalised. A pooled backbone, then a projection head.
+
+torchvision's ResNets and the paper's variants (Table 1: ResNeXt 32x8d, widths times 2 and 4), or any timm model.
+"""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+# arch -> block, blocks per stage, convolution groups, width of one group
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int], int, int]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2], 1, 64),
+    "resnet34": (BasicBlock, [3, 4, 6, 3], 1, 64),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], 1, 64),
+    "resnet101": (Bottleneck, [3, 4, 23, 3], 1, 64),
+    "resnet152": (Bottleneck, [3, 8, 36, 3], 1, 64),
+    "resnext50_32x8d": (Bottleneck, [3, 4, 6, 3], 32, 8),
+    "resnext101_32x8d": (Bottleneck, [3, 4, 23, 3], 32, 8),
+}
+
+
+class Encoder(nn.Module):
+    """`head(backbone(images))`: [N, 3, H, W] -> [N, dim].
+
+    `features` is the width of the backbone's output, which is what transfers. The state dict's keys are `backbone.*`
+    (torchvision's or timm's own names, without their classifier) and `head.*` (`head.0`, `head.2` for the MLP).
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, *, dim: int = 128, mlp: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.features = features
+        self.head: nn.Module
+        if mlp:  # MoCo v2: two layers, no batch norm in between
+            self.head = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
+        else:
+            self.head = nn.Linear(features, dim)
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Whether any layer takes statistics over the batch: without one there is nothing for shuffle BN to do."""
+        return any(isinstance(module, _BatchNorm) for module in self.modules())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.backbone(images)))
+
+
+def build_encoder(arch: str, *, width: int = 1, small_stem: bool = False, dim: int = 128, mlp: bool = False) -> Encoder:
+    """A freshly initialised encoder.
+
+    arch: a name of `RESNETS`, or `timm:NAME` for any timm classification model. width: all widths of a ResNet times
+    this (Table 1: R50-w2x, R50-w4x). small_stem: a 3x3 stride-1 first convolution and no max-pooling, for images of
+    32 pixels or so. ValueError for an unknown name or an option that the model does not have.
+    """
+    if arch.startswith("timm:"):
+        if width != 1 or small_stem:
+            raise ValueError(f"width {width} and small_stem {small_stem} are for ResNets; {arch} has neither")
+        backbone, features = _timm_backbone(arch.removeprefix("timm:"))
+    elif arch in RESNETS:
+        if width < 1:
+            raise ValueError(f"width is {width}; it multiplies the channels, so it must be 1 or more")
+        backbone, features = _resnet_backbone(arch, width, small_stem)
+    else:
+        raise ValueError(f"unknown arch {arch!r}; known are {', '.join(RESNETS)} and timm:NAME")
+    return Encoder(backbone, features, dim=dim, mlp=mlp)
+
+
+def _resnet_backbone(arch: str, width: int, small_stem: bool) -> tuple[nn.Module, int]:
+    block, layers, groups, width_per_group = RESNETS[arch]
+    net = ResNet(block, layers, groups=groups, width_per_group=width_per_group, num_classes=1)
+    features = 512 * block.expansion * width
+    net.fc = nn.Identity()
+    if small_stem:
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    if width > 1:
+        _widen(net, width)
+    for module in net.modules():  # torchvision's own rule, again for the layers replaced here
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return net, features
+
+
+def _widen(module: nn.Module, width: int) -> None:
+    """Replaces every convolution and batch norm by one with `width` times the channels (the image keeps its three)."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d):
+            wide = nn.Conv2d(
+                child.in_channels if child.in_channels == 3 else child.in_channels * width,
+                child.out_channels * width,
+                kernel_size=cast(tuple[int, int], child.kernel_size),
+                stride=cast(tuple[int, int], child.stride),
+                padding=cast(tuple[int, int], child.padding),
+                groups=child.groups,
+                bias=False,
+            )
+            setattr(module, name, wide)
+        elif isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.BatchNorm2d(child.num_features * width))
+        else:
+            _widen(child, width)
+
+
+def _timm_backbone(name: str) -> tuple[nn.Module, int]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"arch timm:{name} needs timm: pip install 'moco-pipeline[timm]'") from error
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; near it: {near}")
+    net = timm.create_model(name, pretrained=False, num_classes=0)
+    # head_hidden_size is what leaves the pooling when a model has layers between it and the classifier
+    return net, int(getattr(net, "head_hidden_size", None) or net.num_features)
