@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from PIL import Image
 
-Image.init()  # registers every format, so that a restricted list of them can be named
-
 EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -20,6 +18,8 @@ EXTENSIONS = {
     "AVIF": "avif",
     "JPEG2000": "jp2",
 }
+Image.init()  # registers every format, so that some of them can be asked for by name
+FORMATS = tuple(EXTENSIONS.keys() & Image.OPEN.keys())  # MPO comes as JPEG, AVIF is not in every Pillow
 
 
 class Rejected(Exception):
@@ -42,7 +42,7 @@ def verify(data: bytes, *, max_pixels: int) -> Checked:
     if not data:
         raise Rejected("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise Rejected("not an image", f"begins with {data[:16]!r}") from None
     except Exception as error:  # Pillow's plug-ins raise nearly anything on hostile files
