@@ -5,7 +5,7 @@ finds its positives by them and learns nothing. Hence statistics over parts of t
 parts of a rank's batch), and keys encoded in a shuffled order, so that a key meets other samples than its query did.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -155,6 +155,30 @@ def _inverse(index: Tensor) -> Tensor:
     return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
 
 
+class ShuffleBN(nn.Module):
+    """Shuffles the key batches of a run. Which permutation comes next is a count, in the state dict, equal on all ranks.
+
+    enabled False, or an encoder without batch norm, passes images on as they are.
+    """
+
+    def __init__(self, *, seed: int, group: Group = None, enabled: bool = True) -> None:
+        super().__init__()
+        self.seed, self.group, self.enabled = seed, group, enabled
+        self.count = 0
+
+    def forward(self, images: Tensor) -> Tensor | Shuffled:
+        if not self.enabled:
+            return images
+        self.count += 1
+        return shuffle(images, seed=self.seed, count=self.count, group=self.group)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seed": self.seed, "count": self.count}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seed, self.count = int(state["seed"]), int(state["count"])
+
+
 @torch.no_grad()
 def shuffle(images: Tensor, *, seed: int, count: int, group: Group = None) -> Shuffled:
     """Sends the rows of [N, 3, H, W] to where the permutation wants them: N images a rank, in their own dtype.
@@ -178,6 +202,13 @@ def arrive(shuffled: Shuffled) -> Tensor:
         return shuffled.received
     shuffled.work.wait()
     return _take(shuffled.received, shuffled.route.place)
+
+
+def encode_shuffled(encoder: nn.Module, images: Tensor | Shuffled, group: Group = None) -> Tensor:
+    """What the encoder makes of the images, each row back with the rank and place of its image: [N, dim]."""
+    if isinstance(images, Tensor):
+        return cast(Tensor, encoder(images))
+    return unshuffle(encoder(arrive(images)), images.route, group)
 
 
 def unshuffle(rows: Tensor, route: Route, group: Group = None) -> Tensor:

@@ -9,13 +9,13 @@ moco.enqueue(keys)                      # newest keys in, oldest out
 """
 
 import copy
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batchnorm import Shuffled, SplitBatchNorm, arrive, shuffle, unshuffle
+from model.batchnorm import ShuffleBN, Shuffled, SplitBatchNorm, encode_shuffled
 from model.encoders import Encoder
 from model.ranks import Group, check_equal, gather_rows
 
@@ -95,11 +95,9 @@ class MoCo(nn.Module):
             raise ValueError(
                 f"bn_groups is {bn_groups}, but the encoder has {groups}; call split_batchnorm on it first"
             )
-        # without batch statistics there is nothing to give away, and nothing to shuffle
-        self.shuffle_bn = shuffle_bn and encoder.has_batchnorm
         self.group = group
-        self.seed = seed
-        self.shuffles = 0  # how many permutations were drawn: part of the state, equal on all ranks
+        # without batch statistics there is nothing to give away, and nothing to shuffle
+        self.shuffler = ShuffleBN(seed=seed, group=group, enabled=shuffle_bn and encoder.has_batchnorm)
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False).train()
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size, generator=generator), dim=0))
@@ -110,10 +108,7 @@ class MoCo(nn.Module):
 
     def shuffle(self, images: Tensor) -> Tensor | Shuffled:
         """Starts sending [N, 3, H, W] across the ranks, to overlap with the query's forward; for `encode_keys`."""
-        if not self.shuffle_bn:
-            return images
-        self.shuffles += 1
-        return shuffle(images, seed=self.seed, count=self.shuffles, group=self.group)
+        return cast(Tensor | Shuffled, self.shuffler(images))
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor | Shuffled) -> Tensor:
@@ -123,11 +118,7 @@ class MoCo(nn.Module):
         """
         if isinstance(images, Tensor):
             images = self.shuffle(images)
-        if isinstance(images, Tensor):
-            keys = self.encoder_k(images)
-        else:
-            keys = unshuffle(self.encoder_k(arrive(images)), images.route, self.group)
-        return F.normalize(keys.float(), dim=1)
+        return F.normalize(encode_shuffled(self.encoder_k, images, self.group).float(), dim=1)
 
     def loss(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Stats]:
         """Eq. 1 against the queue as it is: these keys are not yet in it. q: [N, dim] as the encoder gave it."""
@@ -181,14 +172,7 @@ class MoCo(nn.Module):
         """
         state = {name: buffer for name, buffer in self.named_buffers() if not name.startswith("encoder_k.")}
         state |= dict(self.named_parameters())
-        state["shuffles"] = torch.tensor([self.seed, self.shuffles], device=self.queue.device)
+        state["shuffles"] = torch.tensor([self.shuffler.seed, self.shuffler.count], device=self.queue.device)
         if encoder is not None:
             state |= {f"encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
         check_equal(state, self.group)
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"seed": self.seed, "shuffles": self.shuffles}
-
-    def set_extra_state(self, state: Any) -> None:
-        state = cast(dict[str, int], state)
-        self.seed, self.shuffles = state["seed"], state["shuffles"]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+CHUNK = 1 << 24  # words that a checksum takes at a time
 
 
 def rank_and_world(group: Group = None) -> tuple[int, int]:
@@ -90,8 +91,11 @@ def checksum(tensor: Tensor) -> Tensor:
     """A 0-d int64 that changes with any bit or place of a tensor: its 32-bit words times their positions, wrapping."""
     words = tensor.detach().contiguous().view(-1)
     words = words.view(torch.int32) if words.element_size() % 4 == 0 else words.view(torch.uint8)
-    place = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-    return (words.to(torch.int64) * (2 * place + 1)).sum()
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, words.numel(), CHUNK):  # a memory bank can be large, and this needs four times its words
+        part = words[start : start + CHUNK].to(torch.int64)
+        total += (part * (2 * torch.arange(start, start + len(part), device=words.device) + 3)).sum()
+    return total
 
 
 @torch.no_grad()
