@@ -1,0 +1,103 @@
+"""Loss, learning rate, kNN and speed of a run as one picture: `python -m transfer.curves runs/photos` writes
+runs/photos/curves.png."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
+    ("loss", "loss"),
+    ("lr", "learning rate"),
+    ("knn", "kNN accuracy"),
+    ("images_per_second", "images per second"),
+)
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The objects of RUN/metrics.jsonl in order of steps, one a step: where a run was killed and went on, the later
+    line holds.
+
+    A last line that a kill cut short is left out. Raises FileNotFoundError when the run logged nothing yet.
+    """
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: give the folder that train.py wrote (--out)")
+    steps: dict[int, dict[str, Any]] = {}
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise ValueError(f"line {number} of {path} is no JSON object with a step: {line[:80]!r}") from None
+        # kNN may be logged on a line of its own for the same step.
+        steps[step] = steps.get(step, {}) | row
+    return [steps[step] for step in sorted(steps)]
+
+
+def series(rows: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one field; lines without it, and values that are not finite, are left out."""
+    pairs = [
+        (row["step"], row[field])
+        for row in rows
+        if isinstance(row.get(field), int | float) and math.isfinite(row[field])
+    ]
+    return [int(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+
+def draw(run: str | Path, output: str | Path | None = None) -> Path:
+    """Draws the curves of one run; returns where, RUN/curves.png unless told. Errors as `read_metrics`."""
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # no pyplot: it would pick a display and keep global state
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run)
+    panels = [(title, *series(rows, field)) for field, title in PANELS]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        raise ValueError(f"nothing to draw in {run}/metrics.jsonl yet: {len(rows)} lines without loss, lr or kNN")
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.2 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, steps, values) in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, i)
+        few = len(steps) < 40
+        axes.plot(steps, values, color="#2a6f97", linewidth=1.6, marker="o" if few else "", markersize=3.5)
+        axes.set_title(f"{title}, last {values[-1]:.4g}", fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if title in ("learning rate", "images per second"):
+            axes.set_ylim(bottom=0)
+    path = Path(run) / "curves.png" if output is None else Path(output)
+    partial = path.with_name(path.name + ".tmp")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+    return path
+
+
+def main(run: Path, output: Path | None = None) -> None:
+    """Draws loss, learning rate, kNN and images/s of a run.
+
+    Args:
+        run: run folder
+        output: the PNG; RUN/curves.png when left out
+    """
+    print(draw(run, output))
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(main)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
