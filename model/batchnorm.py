@@ -156,7 +156,7 @@ def _inverse(index: Tensor) -> Tensor:
 
 
 class ShuffleBN(nn.Module):
-    """Shuffles the key batches of a run. Which permutation comes next is a count, in the state dict, equal on all ranks.
+    """Shuffles the key batches of a run. Which permutation comes next is a count in the state dict, equal on all ranks.
 
     enabled False, or an encoder without batch norm, passes images on as they are.
     """

@@ -104,7 +104,7 @@ class MemoryBank(nn.Module):
         if needed > there // 2:
             raise ValueError(
                 f"a memory bank of {samples:,} samples x {dim} needs {needed / 1e9:.1f} GB on every rank, and {device} "
-                f"has {there / 1e9:.1f} GB for everything; use mechanism moco, whose queue does not grow with the source"
+                f"has {there / 1e9:.1f} GB in all; use mechanism moco, whose queue does not grow with the source"
             )
         self.num_negatives = num_negatives
         self.temperature = temperature
