@@ -6,8 +6,8 @@
    large as the lane is a true global shuffle, a small one streams.
 4. Slot j of batch t takes position t*n + (j - f) of its lane, which has n slots from f on; rank r of R takes slots
    [r*B/R, (r+1)*B/R). So the global sequence does not depend on R, and resuming is setting the step.
-5. A mixture deals the slots of a lane to its sources by a periodic table (weighted round robin); how many slots a source
-   had before any point is a closed form, and each source runs through epochs of its own.
+5. A mixture deals the slots of a lane to its sources by a periodic table (weighted round robin); how many slots a
+   source had before any point is a closed form, and each source runs through epochs of its own.
 """
 
 import functools
@@ -46,8 +46,8 @@ def fold_key(*parts: int | Ints) -> Keys:
 def permute(index: Ints, n: int | Ints, key: int | Keys) -> Ints:
     """Image of `index` under a keyed bijection of [0, n); `n` and `key` may differ from element to element.
 
-    A Feistel network over pairs (left, right) in [0, a) x [0, b), with a*b the least such product near n: each round adds
-    a hash of one half to the other. The few images in [n, a*b) walk on along their cycle until they fall inside
+    A Feistel network over pairs (left, right) in [0, a) x [0, b), with a*b just above n: each round adds a hash of one
+    half to the other. The few images in [n, a*b) walk on along their cycle until they fall inside
     (Black and Rogaway 2002), so nothing of length n is ever stored.
     """
     out = np.array(index, dtype=np.int64)
@@ -58,13 +58,13 @@ def permute(index: Ints, n: int | Ints, key: int | Keys) -> Ints:
         raise ValueError("permute: an index lies outside [0, n)")
     a = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.int64)
     b = -(-sizes // a)
-    walking = np.arange(out.size)
-    x = out
+    walking, x = np.arange(out.size), out
     while walking.size:
         x = _feistel(x, a, b, keys)
         out[walking] = x
         outside = x >= sizes
-        walking, x, a, b, sizes, keys = (v[outside] for v in (walking, x, a, b, sizes, keys))
+        walking, x, keys = walking[outside], x[outside], keys[outside]
+        a, b, sizes = a[outside], b[outside], sizes[outside]
     return out
 
 
@@ -197,7 +197,7 @@ class Order:
         return list(found)[:count]
 
     def _chunks_ahead(self, epoch: int, step: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
-        """Shards of this rank's lanes, chunk by chunk from the one that each lane reads at this step, then the next..."""
+        """Shards of this rank's lanes, chunk by chunk, from the chunk that each lane reads at this step."""
         share = self.batch_size // world_size
         slots = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
         lanes = np.unique(slots * self.lanes // self.batch_size)
@@ -329,8 +329,11 @@ def main(
 if __name__ == "__main__":
     import jsonargparse
 
+    parser = jsonargparse.ArgumentParser(description="Prints the sample ids of steps, one JSON object a line.")
+    parser.add_function_arguments(main, skip={"quality"})
+    parser.add_argument("--quality", action="store_true", help="print instead how well those steps are shuffled")
     try:
-        jsonargparse.auto_cli(main, as_positional=False)
+        main(**parser.parse_args().as_dict())
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

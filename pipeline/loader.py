@@ -1,0 +1,406 @@
+"""From a source to batches of two views on the device: order, read, views and graph, put in a row.
+
+1. A thread draws the next steps (order), reads and screens their images (read), draws their view parameters (views).
+2. The DALI graph decodes each image once and makes its two views, a few batches ahead.
+3. `Loader` hands out batches without end and remembers the last one that was taken: that is its state.
+
+`python -m pipeline.loader --data D --batch_size B` runs it alone and names the bottleneck.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline import views as view_parameters
+from pipeline.graph import Graph
+from pipeline.manifest import Source, open_source
+from pipeline.order import Order
+from pipeline.prefetch import Decoding, Item
+from pipeline.read import Reader, Samples, draw_of_ids
+from pipeline.screen import MAX_PIXELS
+from pipeline.storage import Storage, is_remote
+
+# Shards that a rank of a remote source has on their way before it needs them.
+SHARDS_AHEAD = 8
+
+
+class Batch(NamedTuple):
+    """Two views of n images: [n, 3, S, S] each, channels-last, normalised; ids int64 [n]; all on the device."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    sample_ids: torch.Tensor
+
+
+class EvalBatch(NamedTuple):
+    """One view of n images, [n, 3, S, S]; labels int64 [n], -1 where unknown; ids int64 [n]; all on the device."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    sample_ids: torch.Tensor
+
+
+class Loader:
+    """Endless iterator over the batches of one rank; the pipeline is built once, an epoch's end costs nothing.
+
+    `batch_size` is global, `views` one of views.RECIPES, `crop_min` the smallest share of the image's area in a crop.
+    `quarantine` is the file that bad samples are written to, `max_bad_fraction` the share of them that ends the run.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        views: str = "v2",
+        image_size: int = 224,
+        crop_min: float = 0.2,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        num_threads: int | None = None,
+        prefetch: int = 2,
+        quarantine: str | Path | None = None,
+        max_bad_fraction: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        cache_dir: str | None = None,
+        cache_bytes: int = 50 << 30,
+    ) -> None:
+        self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
+        self.views, self.image_size, self.crop_min, self.batch_size = views, image_size, crop_min, batch_size
+        self.device, self.dtype, self.prefetch = device, dtype, prefetch
+        self.num_threads = num_threads or usual_threads()
+        self.order = make_order(source, batch_size, seed)
+        self.order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self._storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+        self._reader = Reader(
+            source,
+            self._storage,
+            quarantine=quarantine,
+            max_bad_fraction=max_bad_fraction,
+            max_pixels=max_pixels,
+            num_threads=self.num_threads,
+        )
+        self._remote = any(is_remote(m.shard_url(0)) for m in source.manifests)
+        self._consumed = 0  # batches of the run so far, over all epochs
+        self._decoding: Decoding | None = None
+        self._views_seconds = self._wait_seconds = 0.0
+        self._last_timings = (time.perf_counter(), self._totals())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        if self._decoding is None:
+            self._decoding = Decoding(self._items(self._consumed), self._make_graph, self._rescue, self.prefetch)
+        try:
+            item, (query, key) = self._decoding.next()
+        except StopIteration:
+            raise RuntimeError("the endless loader has ended") from None  # an end of training must not pass unnoticed
+        self._consumed += 1
+        self._wait_seconds += time.perf_counter() - started
+        ids = torch.from_numpy(item.samples.draw.sample_ids).to(self.device, non_blocking=True)
+        return Batch(query, key, ids)
+
+    def _items(self, step: int) -> Iterator[Item]:
+        while True:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if self._remote:
+                self._prefetch_shards(epoch, within)
+            draw = self.order.draw(epoch, within, self.rank, self.world_size)
+            yield self._with_views(self._reader.read(draw))
+            step += 1
+
+    def _prefetch_shards(self, epoch: int, step: int) -> None:
+        ahead = self.order.upcoming_shards(epoch, step, self.rank, self.world_size, SHARDS_AHEAD)
+        self._storage.prefetch([self.source.manifests[m].shard_url(shard) for m, shard in ahead])
+
+    def _with_views(self, samples: Samples) -> Item:
+        started = time.perf_counter()
+        rows = [
+            view_parameters.sample_views(
+                self.views,
+                seed=self.seed,
+                epochs=samples.draw.epochs,
+                sample_ids=samples.draw.sample_ids,
+                view=view,
+                heights=samples.heights,
+                widths=samples.widths,
+                image_size=self.image_size,
+                crop_min=self.crop_min,
+            )
+            for view in range(2)
+        ]
+        self._views_seconds += time.perf_counter() - started
+        return Item(samples, tuple(rows))
+
+    def _rescue(self, item: Item) -> Item:
+        return self._with_views(self._reader.rescue(item.samples))
+
+    def _make_graph(self, feed: Any) -> Graph:
+        mean, std = view_parameters.mean_std(self.views)
+        return Graph(
+            feed,
+            num_views=2,
+            image_size=self.image_size,
+            batch_size=self.batch_size // self.world_size,
+            device=self.device,
+            dtype=self.dtype,
+            num_threads=self.num_threads,
+            prefetch=self.prefetch,
+            mean=mean,
+            std=std,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the batch last taken."""
+        return max(0, self._consumed - 1) // self.steps_per_epoch
+
+    @property
+    def step(self) -> int:
+        """Step within its epoch of the batch last taken; -1 before the first."""
+        return (self._consumed - 1) % self.steps_per_epoch if self._consumed else -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batch last taken leaves the run: the same for every rank and world size; JSON will do."""
+        return {
+            "fingerprint": self.source.fingerprint,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "batches": self._consumed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on behind the batch that `state` knows last. ValueError when another order would follow from there."""
+        for name, mine in self.state_dict().items():
+            if name != "batches" and state[name] != mine:
+                what = {"fingerprint": "the data (shards, counts, weights or lanes)"}.get(name, name)
+                raise ValueError(
+                    f"cannot continue: {what} was {state[name]} and is {mine}; keep it the same, or start a new run"
+                )
+        if self._decoding is not None:
+            self._decoding.close()
+            self._decoding = None
+        self._consumed = int(state["batches"])
+
+    def source_counts(self) -> dict[str, int]:
+        """Samples that each source has given to all ranks together since the run began."""
+        return dict(zip(self.source.names, self.order.source_counts(self._consumed)))
+
+    def _totals(self) -> dict[str, float]:
+        totals = {**self._reader.seconds, "views": self._views_seconds, "graph": 0.0, "starved": 0.0}
+        totals["wait"] = self._wait_seconds
+        return totals | (self._decoding.seconds if self._decoding else {})
+
+    def timings(self) -> dict[str, float]:
+        """Seconds since the last call. Of the reading thread: "read", "screen", "views". Of the caller: "wait" in all,
+        of which "graph" in DALI and "starved" until the reading thread had a batch."""
+        began, before = self._last_timings
+        self._last_timings = now, totals = time.perf_counter(), self._totals()
+        spent = {name: max(0.0, totals[name] - before[name]) for name in totals}
+        return spent | {"elapsed": now - began}
+
+    def bottleneck(self, timings: dict[str, float]) -> str:
+        """The stage that holds the others up, by `timings()`: "consumer", "read", "screen", "views" or "graph"."""
+        if timings["wait"] < 0.5 * timings["elapsed"]:
+            return "consumer"
+        if timings["starved"] > timings["graph"]:
+            return max(("read", "screen", "views"), key=timings.__getitem__)
+        return "graph"
+
+    def close(self) -> None:
+        if self._decoding is not None:
+            self._decoding.close()
+            self._decoding = None
+        self._reader.close()
+        self._storage.close()
+
+
+def make_order(source: Source, batch_size: int, seed: int) -> Order:
+    counts = [np.fromiter((s.samples for s in m.shards), np.int64, len(m.shards)) for m in source.manifests]
+    return Order(
+        counts,
+        weights=source.weights,
+        batch_size=batch_size,
+        seed=seed,
+        lanes=min(source.lanes, batch_size),
+        chunk_shards=source.chunk_shards,
+    )
+
+
+def usual_threads() -> int:
+    """This process's share of the machine's cores; torchrun says how many processes share them."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def eval_batches(
+    source: Source,
+    *,
+    transform: str,
+    image_size: int,
+    resize: int,
+    batch_size: int,
+    mean_std: tuple[view_parameters.Triple, view_parameters.Triple] = view_parameters.IMAGENET,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_threads: int | None = None,
+    max_bad_fraction: float = 0.01,
+    cache_dir: str | None = None,
+    cache_bytes: int = 50 << 30,
+) -> Iterator[EvalBatch]:
+    """Every sample once over the ranks, in the order of the ids, with its label; the last batch may be smaller.
+
+    `transform`: "center" (short side to `resize`, central crop) or "crop" (random resized crop and flip, keyed by seed
+    and epoch). `batch_size` is this rank's. Bad samples are left out, and said so; ValueError past `max_bad_fraction`.
+    """
+    if transform not in ("center", "crop"):
+        raise ValueError(f"transform {transform!r}: choose center or crop")
+    threads = num_threads or usual_threads()
+    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=threads)
+    begin, end = source.samples * rank // world_size, source.samples * (rank + 1) // world_size
+
+    def with_views(samples: Samples) -> Item:
+        sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
+        if transform == "center":
+            rows = view_parameters.center_crops(resize=resize, **sizes)
+        else:
+            draw = samples.draw
+            keys: dict[str, Any] = {"seed": seed, "epochs": draw.epochs, "sample_ids": draw.sample_ids, "view": 0}
+            rows = view_parameters.sample_crops(**keys, **sizes, crop_min=0.08)
+        return Item(samples, (rows,))
+
+    def items() -> Iterator[Item]:
+        for low in range(begin, end, batch_size):
+            ids = np.arange(low, min(low + batch_size, end), dtype=np.int64)
+            samples = reader.read(draw_of_ids(source, ids, epoch), replace=False)
+            if len(samples.encoded):
+                yield with_views(samples)
+
+    def make_graph(feed: Any) -> Graph:
+        return Graph(
+            feed,
+            num_views=1,
+            image_size=image_size,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            num_threads=threads,
+            mean=mean_std[0],
+            std=mean_std[1],
+        )
+
+    def rescue(item: Item) -> Item:
+        return with_views(reader.rescue(item.samples, replace=False))
+
+    decoding = Decoding(items(), make_graph, rescue)
+    try:
+        while True:
+            try:
+                item, (images,) = decoding.next()
+            except StopIteration:
+                break
+            draw = item.samples.draw
+            places = zip(draw.manifest.tolist(), draw.shard.tolist(), draw.row.tolist())
+            labels = torch.tensor([reader.label(*place) for place in places], dtype=torch.int64)
+            yield EvalBatch(images, labels.to(device), torch.from_numpy(draw.sample_ids).to(device))
+    finally:
+        decoding.close()
+        reader.close()
+        storage.close()
+        if reader.bad:
+            print(f"warning: {reader.bad} of {reader.drawn} samples left out, they do not decode", file=sys.stderr)
+
+
+def main(
+    data: str,
+    batch_size: int,
+    steps: int | None = None,
+    views: str = "v2",
+    image_size: int = 224,
+    crop_min: float = 0.2,
+    seed: int = 0,
+    device: str = "cpu",
+    num_threads: int | None = None,
+    read_only: bool = False,
+    quarantine: str | None = None,
+    max_bad_fraction: float = 0.01,
+    cache_dir: str | None = None,
+) -> None:
+    """Runs the loader alone and prints images/s, the time of each stage, and which one is the bottleneck.
+
+    Args:
+        data: folder of shards, tar, brace pattern, URL or YAML source card.
+        batch_size: images a step.
+        steps: batches to load; one epoch unless told.
+        views: v1, v2 or cifar.
+        image_size: side of the views in pixels.
+        crop_min: smallest share of the image's area that a crop takes.
+        seed: seed of order and views.
+        device: cpu or cuda:0.
+        num_threads: decoding threads; as many as there are cores unless told.
+        read_only: read and screen only, without decoding.
+        quarantine: file that bad samples are written to.
+        max_bad_fraction: share of bad samples that ends the run.
+        cache_dir: folder for the cache of remote shards.
+    """
+    from tqdm import tqdm
+
+    loader = Loader(
+        open_source(data, cache_dir=cache_dir),
+        views=views,
+        image_size=image_size,
+        crop_min=crop_min,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        num_threads=num_threads,
+        quarantine=quarantine,
+        max_bad_fraction=max_bad_fraction,
+        cache_dir=cache_dir,
+    )
+    total = steps or loader.steps_per_epoch
+    batches: Iterator[Any] = loader._items(0) if read_only else loader
+    if not read_only:
+        next(loader)  # not part of the time: the graph is built, kernels are compiled
+        loader.timings()
+    began = time.perf_counter()
+    for _ in tqdm(range(total), unit="batch", disable=not sys.stderr.isatty()):
+        next(batches)
+    seconds = time.perf_counter() - began
+    spent = loader.timings()
+    print(f"{total * batch_size / seconds:,.0f} images/s: {total} batches of {batch_size} in {seconds:.1f} s")
+    for name, value in spent.items():
+        if name != "elapsed" and value > 0:
+            print(f"  {name:8} {value:8.2f} s  {1e6 * value / (total * batch_size):8.1f} us/image")
+    if not read_only:
+        print(f"bottleneck: {loader.bottleneck(spent)}")
+    loader.close()
+
+
+if __name__ == "__main__":
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(description="Runs the loader alone and names the bottleneck.")
+    parser.add_function_arguments(main, skip={"read_only"})
+    parser.add_argument("--read_only", action="store_true", help="read and screen only, without decoding")
+    try:
+        main(**parser.parse_args().as_dict())
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

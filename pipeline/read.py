@@ -1,0 +1,310 @@
+"""From (shard, row) to screened encoded bytes: the read stage.
+
+1. Where an image lies comes from its shard's index, parsed once and kept in a cache that is bounded in bytes.
+2. Its bytes are read with one `pread`: a slow disk holds no other thread up, a file cut short is an error, not SIGBUS.
+3. `pipeline.screen` tells from the bytes how large the image is, or why it is bad.
+4. A bad sample is replaced by the next good row of its shard and written down once in `quarantine.jsonl`.
+"""
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.index import Index, read_index, sample_key
+from pipeline.manifest import Source
+from pipeline.order import Draw, Ints
+from pipeline.screen import MAX_PIXELS, BadImage, as_ppm, decode, inspect
+from pipeline.storage import Storage
+
+INDEX_CACHE_BYTES = 128 << 20
+# Below so many samples a share of bad ones says nothing about the source, unless the source itself is smaller.
+FEWEST_TO_JUDGE = 10_000
+
+
+class Samples(NamedTuple):
+    """A batch: `draw` as replaced, encoded images (uint8 arrays), their sizes after orientation int64 [n]."""
+
+    draw: Draw
+    encoded: list[np.ndarray]
+    heights: Ints
+    widths: Ints
+
+
+class Reader:
+    """Reads and screens samples of a source; safe to call from several threads, which wait for each other.
+
+    `max_bad_fraction`: ValueError once more than this share of the samples read were bad.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        storage: Storage,
+        *,
+        quarantine: str | Path | None = None,
+        max_bad_fraction: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        num_threads: int = 2,
+    ) -> None:
+        self.source, self.storage = source, storage
+        self.max_bad_fraction, self.max_pixels = max_bad_fraction, max_pixels
+        self.quarantine = Quarantine(quarantine, self._is_ours)
+        self._lock = threading.Lock()
+        self.seconds = {"read": 0.0, "screen": 0.0}
+        self.drawn = self.bad = 0
+        self._indexes: OrderedDict[tuple[int, int], Index] = OrderedDict()
+        self._index_bytes = 0
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pillow")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._indexes.clear()
+
+    def read(self, draw: Draw, *, replace: bool = True) -> Samples:
+        """The samples of `draw`, each bad one replaced, or left out with `replace=False`.
+
+        ValueError or FileNotFoundError for a shard that is not as its manifest says, or when too many samples are bad.
+        """
+        with self._lock:
+            started = time.perf_counter()
+            encoded = [self.fetch(*place) for place in zip(*_places(draw))]
+            fetched = time.perf_counter()
+            self.drawn += len(encoded)
+            samples = self._screen_all(draw, encoded, replace)
+            self.seconds["read"] += fetched - started
+            self.seconds["screen"] += time.perf_counter() - fetched
+            return samples
+
+    def rescue(self, samples: Samples, *, replace: bool = True) -> Samples:
+        """The same samples with Pillow's pixels, for a batch that DALI could not decode; what Pillow cannot decode
+        either is replaced or left out."""
+        with self._lock:
+            return self._screen_all(samples.draw, samples.encoded, replace, trust_headers=False)
+
+    def _screen_all(self, draw: Draw, encoded: list[np.ndarray], replace: bool, trust_headers: bool = True) -> Samples:
+        encoded = list(encoded)
+        ids = draw.sample_ids.tolist()
+        heights, widths = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+        bad: dict[int, str] = {}
+        unusual: list[int] = []
+        for i, data in enumerate(encoded):
+            if ids[i] in self.quarantine.reasons:
+                bad[i] = self.quarantine.reasons[ids[i]]
+                continue
+            try:
+                size = inspect(data, self.max_pixels) if trust_headers else None
+            except BadImage as error:
+                bad[i] = str(error)
+                continue
+            if size is None:
+                unusual.append(i)
+            else:
+                heights[i], widths[i] = size
+        for i, result in zip(unusual, self._pool.map(self._by_pillow, [encoded[i] for i in unusual])):
+            if isinstance(result, str):
+                bad[i] = result
+            else:
+                encoded[i], heights[i], widths[i] = result
+        if not bad:
+            return Samples(draw, encoded, heights, widths)
+        manifests, shards, rows, sample_ids, epochs = (column.copy() for column in draw)
+        for i in sorted(bad):
+            place = int(manifests[i]), int(shards[i]), int(rows[i])
+            self.reject(*place, bad[i])
+            if replace:
+                shards[i], rows[i], sample_ids[i], encoded[i], heights[i], widths[i] = self.replacement(*place)
+        draw = Draw(manifests, shards, rows, sample_ids, epochs)
+        if not replace:
+            good = np.array([i for i in range(len(ids)) if i not in bad], np.int64)
+            draw = Draw(*(column[good] for column in draw))
+            encoded, heights, widths = [encoded[i] for i in good], heights[good], widths[good]
+        return Samples(draw, encoded, heights, widths)
+
+    def fetch(self, m: int, shard: int, row: int) -> np.ndarray:
+        """Encoded bytes of one image, uint8 [n]."""
+        index = self._index(m, shard)
+        manifest = self.source.manifests[m]
+        entry = manifest.shards[shard]
+        return self.storage.read(
+            manifest.shard_url(shard),
+            int(index.offsets[row]),
+            int(index.sizes[row]),
+            bytes=entry.bytes,
+            checksum=entry.checksum,
+        )
+
+    def label(self, m: int, shard: int, row: int) -> int:
+        """The number in the sample's `.cls` member, -1 where there is none."""
+        index = self._index(m, shard)
+        if index.label_offsets[row] < 0:
+            return -1
+        manifest = self.source.manifests[m]
+        entry = manifest.shards[shard]
+        text = self.storage.read(
+            manifest.shard_url(shard),
+            int(index.label_offsets[row]),
+            int(index.label_sizes[row]),
+            bytes=entry.bytes,
+            checksum=entry.checksum,
+        )
+        try:
+            return int(bytes(text))
+        except ValueError:
+            raise ValueError(f"{entry.path}: the label of row {row} is {bytes(text[:20])!r}, not a number") from None
+
+    def sample_id(self, m: int, shard: int, row: int) -> int:
+        return int(self.source.id_offsets[m] + self.source.manifests[m].offsets[shard]) + row
+
+    def reject(self, m: int, shard: int, row: int, reason: str) -> None:
+        """Counts a bad sample and writes it down if nobody has yet. ValueError past `max_bad_fraction`."""
+        self.bad += 1
+        sample_id = self.sample_id(m, shard, row)
+        manifest = self.source.manifests[m]
+        if sample_id not in self.quarantine.reasons:
+            line = {
+                "source": self.source.names[m],
+                "shard": manifest.shards[shard].path,
+                "key": sample_key(self.storage.read_bytes(manifest.index_url(shard)), row),
+                "sample_id": sample_id,
+                "reason": reason,
+            }
+            self.quarantine.add(line)
+        judged = max(self.drawn, min(self.source.samples, FEWEST_TO_JUDGE))
+        if self.bad > self.max_bad_fraction * judged:
+            where = f"; see {self.quarantine.path}" if self.quarantine.path else ""
+            raise ValueError(
+                f"{self.bad:,} of {self.drawn:,} samples read are bad, more than max_bad_fraction "
+                f"{self.max_bad_fraction:g} allows; last {manifest.shards[shard].path} row {row}: {reason}{where}"
+            )
+
+    def replacement(self, m: int, shard: int, row: int) -> tuple[int, int, int, np.ndarray, int, int]:
+        """(shard, row, sample id, encoded, height, width) of the next good sample: further rows of the same shard,
+        round to its first, then the shards that follow. The same whoever asks."""
+        shards = self.source.manifests[m].shards
+        for s in range(shard, shard + len(shards)):
+            other = s % len(shards)
+            first = row + 1 if s == shard else 0
+            for candidate in range(first, first + shards[other].samples):
+                r = candidate % shards[other].samples
+                if s == shard and r == row:
+                    break
+                sample_id = self.sample_id(m, other, r)
+                if sample_id in self.quarantine.reasons:
+                    continue
+                result = self._screened(self.fetch(m, other, r))
+                if isinstance(result, str):
+                    self.reject(m, other, r, result)
+                else:
+                    return other, r, sample_id, *result
+        raise ValueError(f"no sample of source {self.source.names[m]} can be decoded")
+
+    def _is_ours(self, line: dict[str, object]) -> bool:
+        """Whether a line of the quarantine is about this source: a run folder may have been used with another."""
+        sample_id = int(str(line["sample_id"]))
+        if not 0 <= sample_id < self.source.samples:
+            return False
+        m = int(np.searchsorted(self.source.id_offsets, sample_id, side="right")) - 1
+        offsets = self.source.manifests[m].offsets
+        shard = int(np.searchsorted(offsets, sample_id - self.source.id_offsets[m], side="right")) - 1
+        return line["shard"] == self.source.manifests[m].shards[shard].path
+
+    def _screened(self, data: np.ndarray) -> tuple[np.ndarray, int, int] | str:
+        try:
+            size = inspect(data, self.max_pixels)
+        except BadImage as error:
+            return str(error)
+        return (data, *size) if size else self._by_pillow(data)
+
+    def _by_pillow(self, data: np.ndarray) -> tuple[np.ndarray, int, int] | str:
+        try:
+            return as_ppm(decode(data, self.max_pixels))
+        except BadImage as error:
+            return str(error)
+
+    def _index(self, m: int, shard: int) -> Index:
+        index = self._indexes.get((m, shard))
+        if index is not None:
+            self._indexes.move_to_end((m, shard))
+            return index
+        manifest = self.source.manifests[m]
+        entry = manifest.shards[shard]
+        url = manifest.index_url(shard)
+        index = read_index(self.storage.read_bytes(url), samples=entry.samples, size=entry.bytes, label=url)
+        self._indexes[m, shard] = index
+        self._index_bytes += 32 * len(index)
+        while self._index_bytes > INDEX_CACHE_BYTES and len(self._indexes) > 1:
+            self._index_bytes -= 32 * len(self._indexes.popitem(last=False)[1])
+        return index
+
+
+def draw_of_ids(source: Source, ids: Ints, epoch: int = 0) -> Draw:
+    """Where the samples with these ids lie."""
+    m = np.searchsorted(source.id_offsets, ids, side="right") - 1
+    shard, row = np.empty_like(ids), np.empty_like(ids)
+    for one in np.unique(m).tolist():
+        mine = m == one
+        offsets = source.manifests[one].offsets
+        local = ids[mine] - source.id_offsets[one]
+        shard[mine] = np.searchsorted(offsets, local, side="right") - 1
+        row[mine] = local - offsets[shard[mine]]
+    return Draw(m, shard, row, ids, np.full(len(ids), epoch, np.int64))
+
+
+def _places(draw: Draw) -> tuple[list[int], list[int], list[int]]:
+    return draw.manifest.tolist(), draw.shard.tolist(), draw.row.tolist()
+
+
+class Quarantine:
+    """`quarantine.jsonl`: a line for each bad sample, once, however many ranks, epochs and restarts meet it.
+
+    Each line is {"source", "shard", "key", "sample_id", "reason"}. Writers hold a lock on the file and first read what
+    others have added; `reasons` maps the known sample ids to why. With `path` None it is kept in memory only.
+    """
+
+    def __init__(self, path: str | Path | None, is_ours: Callable[[dict[str, object]], bool]) -> None:
+        self.path = Path(path) if path is not None else None
+        self.reasons: dict[int, str] = {}
+        self._is_ours = is_ours
+        self._read_to = 0
+        if self.path is not None and self.path.exists():
+            with self.path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._catch_up(file.fileno())
+
+    def add(self, line: dict[str, object]) -> None:
+        sample_id = int(str(line["sample_id"]))
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self._catch_up(descriptor)
+                if sample_id not in self.reasons:
+                    os.pwrite(descriptor, (json.dumps(line) + "\n").encode(), self._read_to)
+                    self._catch_up(descriptor)
+            finally:
+                os.close(descriptor)
+        self.reasons.setdefault(sample_id, str(line["reason"]))
+
+    def _catch_up(self, descriptor: int) -> None:
+        """Reads the lines that were added since; cuts off half a line that a killed writer left."""
+        size = os.fstat(descriptor).st_size
+        content = os.pread(descriptor, size - self._read_to, self._read_to) if size > self._read_to else b""
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.ftruncate(descriptor, self._read_to + whole)
+        for text in content[:whole].splitlines():
+            line = json.loads(text)
+            if not self._is_ours(line):
+                continue
+            self.reasons.setdefault(int(line["sample_id"]), str(line["reason"]))
+        self._read_to += whole

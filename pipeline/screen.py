@@ -1,0 +1,218 @@
+"""Is this an image, how large is it, and will DALI decode it as Pillow would? Asked of the bytes before DALI sees them.
+
+A decode error inside DALI costs the whole batch and can kill the process, so nothing unscreened reaches it:
+
+1. The usual file (JPEG of one or three components, 8-bit PNG, plain WebP) is told from its markers alone, in a few
+   microseconds, and goes to DALI as it is.
+2. Whatever is unusual is decoded here by Pillow, which is the judge of it: what Pillow cannot decode is bad, what it
+   can goes to DALI as a PPM file with Pillow's pixels: 16-bit, CMYK, GIF, animations, odd JPEGs, damaged ends.
+"""
+
+import contextlib
+import io
+import re
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# 201 MB of RGB. A larger picture costs more memory than a batch of usual ones, and may be a decompression bomb.
+MAX_PIXELS = 1 << 26
+
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*(\d)")
+
+
+class BadImage(ValueError):
+    """The reason why these bytes cannot be used."""
+
+
+def screen(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int, int]:
+    """What to hand to DALI for these bytes (uint8 [n]), and the image's height and width after EXIF orientation.
+
+    BadImage, with the reason, when there is no decoding it, or when it has more than `max_pixels` pixels.
+    """
+    size = inspect(encoded, max_pixels)
+    if size is not None:
+        return encoded, *size
+    return as_ppm(decode(encoded, max_pixels))
+
+
+def inspect(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
+    """(height, width) after orientation if DALI decodes these bytes like Pillow; None if Pillow has to look at them.
+
+    BadImage when they are certainly bad.
+    """
+    data = memoryview(encoded.data)
+    if len(data) == 0:
+        raise BadImage("empty file")
+    try:
+        if data[0] == 0xFF and data[1] == 0xD8:
+            size = _jpeg(data)
+        elif data[:8] == b"\x89PNG\r\n\x1a\n":
+            size = _png(data, max_pixels)
+        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            size = _webp(data)
+        else:
+            return None
+    except (IndexError, struct.error):
+        return None  # cut short somewhere in its headers
+    if size is not None:
+        _check_pixels(*size, max_pixels)
+        if size[0] < 1 or size[1] < 1:
+            return None
+    return size
+
+
+def decode(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Pillow's `convert("RGB")` of the first frame after EXIF orientation: uint8 [H, W, 3]. BadImage if it fails."""
+    # catch_warnings swaps the filters of the whole process, which is not safe in a thread; this touches Pillow's alone.
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+    try:
+        with Image.open(io.BytesIO(encoded.data)) as image:
+            _check_pixels(image.height, image.width, max_pixels)
+            image.load()
+            rgb = image.convert("RGB")
+            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the picture
+                rgb = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(rgb)
+    except BadImage:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise whatever their parsing runs into
+        message = re.sub(r" <_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
+        raise BadImage(f"{type(error).__name__}: {message}"[:200]) from None
+
+
+def as_ppm(pixels: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """A binary PPM file of pixels [H, W, 3] as uint8 [n], and H and W. Decoding it is a copy."""
+    height, width, _ = pixels.shape
+    header = b"P6\n%d %d\n255\n" % (width, height)
+    encoded = np.empty(len(header) + pixels.size, np.uint8)
+    encoded[: len(header)] = np.frombuffer(header, np.uint8)
+    encoded[len(header) :] = pixels.reshape(-1)
+    return encoded, height, width
+
+
+def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise BadImage(f"{width}x{height} is {height * width:,} pixels, the limit is {max_pixels:,}")
+
+
+def _jpeg(data: memoryview) -> tuple[int, int] | None:
+    """Walks the markers from SOI to the first scan."""
+    if data[-2] != 0xFF or data[-1] != 0xD9:
+        return None  # cut short, or something behind the end of image
+    position, height, width, orientation, exif, adobe, jfif = 2, 0, 0, 0, False, -1, False
+    components = b""
+    while True:
+        if data[position] != 0xFF:
+            return None
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        length = (data[position + 2] << 8) | data[position + 3]
+        begin, end = position + 4, position + 2 + length
+        if length < 2 or end > len(data):
+            return None
+        if marker == 0xDA:
+            break
+        if marker in (0xC0, 0xC1, 0xC2):
+            if height or data[begin] != 8 or length < 8 + 3 * data[begin + 5]:
+                return None
+            height = (data[begin + 1] << 8) | data[begin + 2]
+            width = (data[begin + 3] << 8) | data[begin + 4]
+            count = data[begin + 5]
+            components = bytes(data[begin + 6 : begin + 6 + 3 * count : 3])
+            if count not in (1, 3) or any(
+                data[begin + 7 + 3 * i] not in (0x11, 0x12, 0x21, 0x22) for i in range(count)
+            ):
+                return None  # CMYK; subsampling that decoders disagree about
+        elif marker == 0xE1:
+            if data[begin : begin + 6] == b"Exif\0\0":
+                if exif or height:
+                    return None
+                exif, orientation = True, _exif_orientation(bytes(data[begin + 6 : end]))
+            else:
+                match = _XMP_ORIENTATION.search(data[begin:end])
+                if match and match[1] != b"1":  # Pillow obeys it, DALI does not
+                    return None
+        elif marker == 0xEE and data[begin : begin + 5] == b"Adobe":
+            adobe = data[begin + 11] if end >= begin + 12 else -2
+        elif marker == 0xE0 and data[begin : begin + 4] == b"JFIF":
+            jfif = True
+        elif not (0xE0 <= marker <= 0xEF or marker in (0xC4, 0xDB, 0xDD, 0xFE)):
+            return None  # lossless, arithmetic, hierarchical, or not a marker that belongs here
+        position = end
+    if not 0 <= orientation <= 8 or not height:
+        return None
+    if len(components) == 3 and (adobe in (0, -2) or (adobe == -1 and not jfif and components == b"RGB")):
+        return None  # RGB inside
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """The orientation in IFD 0, 0 when there is none, -1 when the block is odd."""
+    if len(tiff) < 8 or tiff[:4] not in (b"II*\0", b"MM\0*"):
+        return -1
+    order = "<" if tiff[:1] == b"I" else ">"
+    (offset,) = struct.unpack_from(order + "I", tiff, 4)
+    if offset + 2 > len(tiff):
+        return -1
+    (count,) = struct.unpack_from(order + "H", tiff, offset)
+    for i in range(count):
+        at = offset + 2 + 12 * i
+        if at + 12 > len(tiff):
+            return -1
+        tag, kind, values, value = struct.unpack_from(order + "HHIH", tiff, at)
+        if tag == 0x0112:
+            return value if kind == 3 and values == 1 else -1
+    return 0
+
+
+def _png(data: memoryview, max_pixels: int) -> tuple[int, int] | None:
+    """Walks the chunks to IEND and checks their CRCs."""
+    position, plain, ended = 8, True, False
+    if data[12:16] != b"IHDR":
+        return None
+    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
+    _check_pixels(height, width, max_pixels)
+    if depth != 8 or colour not in (0, 2, 3, 4, 6) or interlace:
+        plain = False
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(data[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+                raise BadImage(f"PNG chunk {kind.decode()} at byte {position:,} does not match its CRC")
+            plain = False
+        if kind in (b"acTL", b"eXIf", b"tRNS"):
+            plain = False
+        elif kind in (b"iTXt", b"tEXt", b"zTXt") and (
+            kind == b"zTXt" or length > 4096 or b"tiff:" in bytes(data[position:end])
+        ):
+            plain = False  # may hold an orientation
+        position = end + 4
+        if kind == b"IEND":
+            ended = True
+            break
+    return (height, width) if plain and ended and position == len(data) else None
+
+
+def _webp(data: memoryview) -> tuple[int, int] | None:
+    """The simple file formats, lossy and lossless; alpha, animations and metadata (VP8X) are Pillow's."""
+    (size,) = struct.unpack_from("<I", data, 4)
+    if size + 8 != len(data):
+        return None
+    if data[12:16] == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return height & 0x3FFF, width & 0x3FFF
+    if data[12:16] == b"VP8L" and data[20] == 0x2F:
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return ((bits >> 14) & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    return None
