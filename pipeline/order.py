@@ -216,12 +216,12 @@ class Order:
             for i, (m, lane, own_epoch, chunk) in enumerate(cursors):
                 shards, starts = self._layout(m, own_epoch)
                 begin = int(self._ranges[m][lane])
-                end = begin + int(self._usable[m][lane])
-                first, last = np.searchsorted(starts, [begin, end - 1], side="right") - 1
-                low = int(first) + chunk * self._chunk(m)
-                high = min(low + self._chunk(m), int(last) + 1)
-                yield from ((m, s) for s in shards[low:high].tolist() if self.counts[m][s])
-                cursors[i] = (m, lane, own_epoch, chunk + 1) if high <= last else (m, lane, own_epoch + 1, 0)
+                used, end = begin + int(self._usable[m][lane]), int(self._ranges[m][lane + 1])
+                first, last_used, last = (np.searchsorted(starts, [begin, used - 1, end - 1], side="right") - 1).tolist()
+                low = first + chunk * self._chunk(m)
+                high = low + self._chunk(m)
+                yield from ((m, s) for s in shards[low : min(high, last + 1)].tolist() if self.counts[m][s])
+                cursors[i] = (m, lane, own_epoch, chunk + 1) if high <= last_used else (m, lane, own_epoch + 1, 0)
 
     def _deal(self, lane: Ints, turn: Ints) -> tuple[Ints, Ints]:
         """Which source turn `turn` of a lane belongs to, and how many turns of that lane the source had before."""
