@@ -1,19 +1,31 @@
 """What a data source is: shards with their sample counts, sizes and checksums; several of them with weights.
 
-`python -m pipeline.manifest D` prints what D holds, `--check` reads everything again and compares.
+1. A manifest lists the shards of one source: a line of JSON each, nothing for each sample, so that a billion samples in
+   100,000
+   shards are 15 MB. make_shards writes it; for shards that others made, `open_source` writes it once.
+2. `open_source` turns what `--data` names (a folder, tars, a URL, a YAML card of several of these) into a `Source`.
+3. `python -m pipeline.manifest D` prints what D holds; `--check` reads everything again and prints a line for each
+   fault.
 """
 
 import functools
 import json
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import braceexpand
 import numpy as np
 import xxhash
+from jsonargparse import auto_cli
 
+from pipeline.cache import locked
+from pipeline.card import Card, Entry, is_card, is_compressed, is_pattern, is_tar, read_card, short_name, split_root
 from pipeline.index import write_atomically
-from pipeline.storage import is_remote
+from pipeline.scan import index_shards
+from pipeline.storage import Storage, is_remote, local_path
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -31,7 +43,8 @@ class Shard:
 class Manifest:
     """The shards of one source. Their order gives every sample its id, so it never changes.
 
-    `root` is the folder (or URL) that relative paths start from. `index_root` is where the `.idx` files are when they are not beside the tars.
+    `root` is the folder or URL that relative paths start from, `index_root` that of the `.idx` files when it is
+    another.
     """
 
     root: str
@@ -76,10 +89,11 @@ def index_name(tar: str) -> str:
 
 
 def save_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Writes `manifest` as JSON, a line a shard, atomically. Its root is written down only when that is not the file's own folder."""
+    """Writes `manifest` as JSON, a line a shard, atomically. Its root is noted only when that is not the file's
+    folder."""
     folder = str(Path(path).parent)
     head: dict[str, object] = {"format": FORMAT, "samples": manifest.samples, "classes": list(manifest.classes)}
-    if is_remote(manifest.root) or os.path.abspath(manifest.root) != os.path.abspath(folder):
+    if is_remote(manifest.root) or Path(manifest.root).absolute() != Path(folder).absolute():
         head["root"] = manifest.root
     lines = [
         json.dumps({"path": s.path, "samples": s.samples, "bytes": s.bytes, "checksum": s.checksum})
@@ -122,8 +136,9 @@ def parse_manifest(content: bytes, url: str) -> Manifest:
 class Source:
     """What `--data` names: one manifest, or several with weights, and how they are to be shuffled (see pipeline.order).
 
-    lanes: parts that a global batch is dealt from, each with its own shards. chunk_shards: how many shards of a lane are shuffled together;
-    None is all of them, a true global shuffle.
+    lanes: parts that a global batch is dealt from, each with its own shards. chunk_shards: how many shards of a lane
+    are
+    shuffled together; None is all of them, a true global shuffle.
     """
 
     manifests: tuple[Manifest, ...]
@@ -145,7 +160,7 @@ class Source:
     def fingerprint(self) -> str:
         """Of everything that decides which sample comes when, but for seed and batch size."""
         parts = [f"{self.lanes} {self.chunk_shards}"]
-        parts += [f"{name} {w!r} {m.fingerprint}" for name, w, m in zip(self.names, self.weights, self.manifests)]
+        parts += [f"{weight!r} {m.fingerprint}" for weight, m in zip(self.weights, self.manifests)]
         return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
     @property
@@ -153,6 +168,15 @@ class Source:
         """Class names, when all of the manifests agree on them; else empty."""
         kinds = {m.classes for m in self.manifests}
         return kinds.pop() if len(kinds) == 1 else ()
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+# Shards that a streamed source has in use at a time: this many lanes, each shuffling about this many bytes together.
+STREAM_LANES = 8
+STREAM_BYTES = 4 << 30
+# A global shuffle touches every shard's index again and again, so all of them stay in memory: 32 bytes a sample.
+GLOBAL_SHUFFLE_SAMPLES = 4_000_000
 
 
 def open_source(
@@ -163,13 +187,242 @@ def open_source(
     workers: int | None = None,
     progress: bool = True,
 ) -> Source:
-    """Opens what `data` names: a folder of shards."""
-    folder = Path(data).expanduser()
-    if not folder.exists():
-        raise FileNotFoundError(f"no such folder: {data}")
-    if (folder / NAME).exists():
-        manifest = load_manifest(folder / NAME)
-        return Source((manifest,), (1.0,), (folder.name,))
-    raise ValueError(
-        f"{data} holds no shards (no {NAME}, no .tar): make them with `python pipeline/make_shards.py IMAGES {data}`"
+    """Opens what `data` names: a folder of shards, one tar, a brace or glob pattern, any of these as a URL, or a
+    YAML card.
+
+    Where there is no manifest it is built, once, with the indexes: in the folder itself, or in `cache_dir` (default:
+    ~/.cache/moco-pipeline) when the folder is remote or cannot be written to.
+
+    Local sources of up to 4 million samples get a true global shuffle (1 lane). Larger and remote ones are streamed, 8
+    lanes
+    with about 4 GiB of shards shuffled together, so that indexes and cache stay small; a card's `lanes` and
+    `chunk_shards`
+    say otherwise. ValueError or FileNotFoundError, with the remedy, when there is nothing that can be used.
+    """
+    card = read_card(local_path(data)) if is_card(data) else Card((Entry(data, None, short_name(data)),), None, None)
+    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    manifests = []
+    try:
+        for number, entry in enumerate(card.sources, 1):
+            try:
+                manifests.append(_open_manifest(entry.data, storage, workers or os.cpu_count() or 1, progress))
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"{data}, source {number}: {error}" if is_card(data) else str(error)) from None
+    finally:
+        storage.close()
+    weights = [float(m.samples) if e.weight is None else e.weight for m, e in zip(manifests, card.sources)]
+    lanes, chunk_shards = _default_order(manifests)
+    if card.lanes is not None:
+        lanes = card.lanes
+    if card.chunk_shards is not None:
+        chunk_shards = card.chunk_shards or None
+    names = tuple(entry.name for entry in card.sources)
+    source = Source(tuple(manifests), tuple(w / sum(weights) for w in weights), names, lanes, chunk_shards)
+    _check_cache(source, cache_bytes)
+    return source
+
+
+def _default_order(manifests: Sequence[Manifest]) -> tuple[int, int | None]:
+    shards = sum(len(m.shards) for m in manifests)
+    streamed = (
+        any(is_remote(m.shard_url(0)) for m in manifests) or sum(m.samples for m in manifests) > GLOBAL_SHUFFLE_SAMPLES
     )
+    lanes = min(STREAM_LANES, *(len(m.shards) for m in manifests))
+    if not streamed or lanes < 2:
+        return 1, None
+    mean_bytes = sum(s.bytes for m in manifests for s in m.shards) / shards
+    return lanes, max(1, int(STREAM_BYTES / (lanes * mean_bytes)))
+
+
+def _check_cache(source: Source, cache_bytes: int) -> None:
+    remote = [s.bytes for m in source.manifests if is_remote(m.shard_url(0)) for s in m.shards]
+    in_use = len(remote) if source.chunk_shards is None else min(len(remote), 2 * source.lanes * source.chunk_shards)
+    if remote and (need := in_use * sum(remote) / len(remote)) > cache_bytes:
+        raise ValueError(
+            f"{in_use} remote shards are in use at a time, {need / 1e9:.1f} GB, but cache_bytes is "
+            f"{cache_bytes / 1e9:.1f} GB: "
+            "raise it, or set smaller `lanes` and `chunk_shards` in a card"
+        )
+
+
+# --- one manifest -----------------------------------------------------------------------------------------------------
+
+
+def _open_manifest(data: str, storage: Storage, workers: int, progress: bool) -> Manifest:
+    if data.startswith("pipe:"):
+        raise ValueError(f"{data}: commands are not run as data; name a folder, tars or a URL")
+    if is_compressed(data):
+        raise ValueError(
+            f"{data} is compressed, so single images in it cannot be reached: unpack it once with gunzip or the like"
+        )
+    if is_pattern(data) or is_tar(data):
+        return _open_tars(data, storage, workers, progress)
+    folder = data.rstrip("/") or "/"
+    if not is_remote(data) and not local_path(data).is_dir():
+        raise FileNotFoundError(f"no such folder: {data}")
+    manifest = _existing(folder, storage)
+    tars = storage.list(folder, ".tar") if manifest is None or not is_remote(folder) else []
+    if manifest is None:
+        if not tars:
+            raise ValueError(_no_shards(folder, storage))
+        beside = local_path(folder) if not is_remote(folder) and os.access(local_path(folder), os.W_OK) else None
+        return _build(folder, tars, beside, storage, workers, progress)
+    if not is_remote(folder):
+        _compare(manifest, {join(folder, name) for name, _, _ in tars})
+    return manifest
+
+
+def _existing(folder: str, storage: Storage) -> Manifest | None:
+    url = join(folder, NAME)
+    try:
+        return parse_manifest(storage.read_bytes(url), url)
+    except FileNotFoundError:
+        return None
+
+
+def _compare(manifest: Manifest, present: set[str]) -> None:
+    """That the shards of a local manifest are there is seen at once, not after a day of training."""
+    listed = [manifest.shard_url(i) for i in range(len(manifest.shards))]
+    known = set(listed)
+    missing = [url for url in sorted(known - present) if not local_path(url).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(known)} shards in {join(manifest.root, NAME)} are missing, the first is "
+            f"{missing[0]}: "
+            "put them back, or delete the manifest to have it rebuilt from what is there"
+        )
+    if more := present - known:
+        print(
+            f"warning: {len(more)} tars in {manifest.root} are not in its {NAME} and are not used, one is {min(more)}; "
+            "delete the manifest to have it rebuilt",
+            file=sys.stderr,
+        )
+
+
+def _no_shards(folder: str, storage: Storage) -> str:
+    if storage.list(folder, ".tar.gz") or storage.list(folder, ".tgz"):
+        return f"{folder} holds compressed tars, whose images cannot be reached singly: unpack them, `gunzip {folder}/*.gz`"
+    within = [] if is_remote(folder) else sorted({str(p.parent) for p in local_path(folder).glob("*/*.tar")})
+    if within:
+        return (
+            f"{folder} holds no shards itself, but {', '.join(within[:4])} do: name one, or list several in a YAML card"
+        )
+    return (
+        f"{folder} holds no shards (no {NAME}, no .tar): "
+        f"make them from images with `python pipeline/make_shards.py IMAGES {folder}`"
+    )
+
+
+def _open_tars(data: str, storage: Storage, workers: int, progress: bool) -> Manifest:
+    """One tar, or all that a pattern names: a part of the folder's manifest, if there is one that has them."""
+    names = [name for pattern in braceexpand.braceexpand(data) for name in storage.glob(pattern)]
+    root, paths = split_root(names)
+    manifest = _existing(root, storage) if all("/" not in path for path in paths) else None
+    if manifest is not None:
+        by_path = {shard.path: shard for shard in manifest.shards}
+        if all(path in by_path for path in paths):
+            return replace(manifest, shards=tuple(by_path[path] for path in paths))
+    return _build(root, storage.stat(root, paths), None, storage, workers, progress)
+
+
+def _build(
+    root: str, tars: Sequence[tuple[str, int, str]], beside: Path | None, storage: Storage, workers: int, progress: bool
+) -> Manifest:
+    """Indexes the tars (name, size, stamp) and writes the manifest into `beside`, or into the cache under a name
+    that changes with them.
+    Of several processes that come here at once, one does the work."""
+    if not is_remote(root):
+        root = str(local_path(root).absolute()) if beside is None else root
+    key = xxhash.xxh3_128_hexdigest(repr((root, tars)).encode("utf-8", "surrogateescape"))
+    folder = beside or storage.cache_dir / "manifests" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(storage.cache_dir / "locks" / f"manifest-{key}"):
+        if (folder / NAME).exists():
+            return load_manifest(folder / NAME)
+        names = [name for name, _, _ in tars]
+        indexes = [folder / index_name(name.partition("?")[0]) for name in names]
+        scanned = index_shards([join(root, n) for n in names], indexes, storage, workers=workers, progress=progress)
+        if not any(s.index_differs for s in scanned):
+            empty = [name for name, s in zip(names, scanned) if not s.samples]
+            shards = [Shard(n, s.samples, s.bytes, s.checksum) for n, s in zip(names, scanned) if s.samples]
+            if not shards:
+                raise ValueError(f"no images in any of the {len(empty)} tars in {root}")
+            if empty:
+                print(
+                    f"warning: {len(empty)} tars in {root} without images are left out, one is {empty[0]}",
+                    file=sys.stderr,
+                )
+            if beyond := sum(s.images_beyond for s in scanned):
+                print(
+                    f"warning: {beyond:,} images in {root} are not used: their name up to the first dot is "
+                    f"that of another image",
+                    file=sys.stderr,
+                )
+            manifest = Manifest(root, tuple(shards), index_root="" if beside else str(folder))
+            save_manifest(manifest, folder / NAME)
+            return manifest
+    # Somebody's own .idx files are there and say something else (other members, other grouping): leave them alone.
+    return _build(root, tars, None, storage, workers, progress)
+
+
+# --- python -m pipeline.manifest --------------------------------------------------------------------------------------
+
+
+def describe(
+    data: str,
+    check: bool = False,
+    cache_dir: str | None = None,
+    cache_bytes: int = 50 << 30,
+    workers: int | None = None,
+) -> int:
+    """Prints what a data source holds, or checks it.
+
+    Args:
+        data: a folder of shards, one tar, a brace pattern, a URL, or a YAML source card
+        check: read everything again and print a line for each fault: size, checksum, index, images that do not decode
+        cache_dir: where remote shards and manifests that have no other place are kept
+        cache_bytes: how much of remote shards to keep
+        workers: processes that index and check, default all cores
+
+    Returns the number of faults.
+    """
+    source = open_source(data, cache_dir=cache_dir, cache_bytes=cache_bytes, workers=workers)
+    rows = [("source", "share", "samples", "shards", "GB", "kB/sample", "classes", "where")]
+    for manifest, weight, name in zip(source.manifests, source.weights, source.names):
+        size = sum(shard.bytes for shard in manifest.shards)
+        counts = (f"{manifest.samples:,}", f"{len(manifest.shards):,}", f"{size / 1e9:.2f}")
+        each = f"{size / manifest.samples / 1000:.1f}"
+        rows.append((name, f"{weight:.1%}", *counts, each, str(len(manifest.classes) or "-"), manifest.root))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+    chunk = "all its shards" if source.chunk_shards is None else f"{source.chunk_shards} shards at a time"
+    print(
+        f"order: {source.lanes} lane{'s' * (source.lanes > 1)}, each shuffling {chunk}; fingerprint {source.fingerprint}"
+    )
+    if not check:
+        return 0
+    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    shards = [
+        Expected(m.shard_url(i), m.index_url(i), s.samples, s.bytes, s.checksum)
+        for m in source.manifests
+        for i, s in enumerate(m.shards)
+    ]
+    faults = 0
+    for fault in check_shards(shards, storage, workers=workers or os.cpu_count() or 1, progress=True):
+        print(fault)
+        faults += 1
+    storage.close()
+    unknown = sum(not s.checksum for s in shards)
+    without = f" ({unknown:,} have no checksum to compare with)" if unknown else ""
+    print(f"checked {len(shards):,} shards, {source.samples:,} samples: {faults:,} faults{without}")
+    return faults
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if auto_cli(describe, as_positional=True) else 0)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

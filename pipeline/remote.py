@@ -1,0 +1,213 @@
+"""Files behind a URL, through fsspec: s3://, gs://, http(s)://, hf:// and whatever else fsspec has a file system for.
+
+Every request is tried again, with growing pauses, unless the answer is final (not there, not allowed). A read that
+comes back
+short goes on where it ended. So a busy or flaky server costs time, never data.
+"""
+
+import contextlib
+import functools
+import os
+import random
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+import fsspec
+
+T = TypeVar("T")
+RANGE = 8 << 20  # bytes a request: at 100 ms of latency and 50 MB/s a connection, latency is a third of the time
+REQUESTS = 16  # at once in a process; 128 MiB of memory when all are in flight
+TRIES = 8  # with the pauses below, a server may be away for half a minute
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
+
+
+@functools.cache
+def _filesystem(protocol: str) -> Any:
+    """One for all threads: its coroutines run in fsspec's own event loop. (fsspec.filesystem would make one a
+    thread.)"""
+    options: dict[str, Any] = {"skip_instance_cache": True}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=30)}
+    elif protocol in ("s3", "s3a"):
+        # The pool of connections is 10 unless told, fewer than our requests.
+        options["config_kwargs"] = {"max_pool_connections": REQUESTS, "connect_timeout": 10, "read_timeout": 30}
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        remedy = f"`pip install 'moco-pipeline[{extra}]'`" if extra else f"install it ({error})"
+        raise ValueError(f"{protocol}:// needs a package that is not installed: {remedy}") from None
+    except ValueError:
+        raise ValueError(
+            f"{protocol}:// is not a kind of URL that fsspec knows; s3, gs, http, https and hf are"
+        ) from None
+
+
+def _split(url: str) -> tuple[Any, str]:
+    filesystem = _filesystem(url.partition("://")[0])
+    return filesystem, filesystem._strip_protocol(url)
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether trying again cannot help."""
+    status = getattr(error, "status", None)  # aiohttp's
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 429)
+    return (
+        isinstance(error, FileNotFoundError | PermissionError | ValueError | NotImplementedError)
+        or "Credentials" in type(error).__name__
+    )
+
+
+def retry(url: str, request: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """What `request` returns. FileNotFoundError when it is not there, ValueError when not allowed, OSError after
+    TRIES failures."""
+    for attempt in range(TRIES):
+        try:
+            return request()
+        except Exception as error:  # each file system has its own kinds
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(f"no such object: {url}") from None
+            if _is_final(error):
+                raise ValueError(f"{url}: {_reason(error)}; check the address and your credentials") from error
+            if attempt == TRIES - 1:
+                raise OSError(f"{url}: given up after {TRIES} tries, the last: {_reason(error)}") from error
+            pause = min(0.2 * 2**attempt, 15) * random.uniform(0.5, 1)
+            if (stop or threading.Event()).wait(pause):
+                raise InterruptedError(f"{url}: closed while fetching") from None
+    raise AssertionError
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def read_whole(url: str, stop: threading.Event | None = None) -> bytes:
+    """A small file."""
+    filesystem, path = _split(url)
+    return retry(url, lambda: filesystem.cat_file(path), stop)
+
+
+def stat(url: str) -> tuple[int, str]:
+    """Bytes, and a stamp that changes with the content as far as the server tells (ETag, date). FileNotFoundError."""
+    filesystem, path = _split(url)
+    info = retry(url, lambda: filesystem.info(path))
+    if info.get("type") == "directory" or info.get("size") is None:
+        raise ValueError(f"{url}: the server tells no size for it; is it a file?")
+    return int(info["size"]), _stamp(info)
+
+
+def stat_many(urls: Sequence[str]) -> list[tuple[int, str]]:
+    with ThreadPoolExecutor(min(32, max(1, len(urls)))) as pool:
+        return list(pool.map(stat, urls))
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    return next(
+        (
+            str(info[key])
+            for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime")
+            if key in info
+        ),
+        "",
+    )
+
+
+def listing(folder: str, suffix: str) -> list[tuple[str, int, str]]:
+    """(name, bytes, stamp) of the files directly in `folder` whose names end so, sorted. [] when there is nothing."""
+    filesystem, path = _split(folder.rstrip("/") + "/")
+    try:
+        entries = retry(folder, lambda: filesystem.ls(path, detail=True))
+    except FileNotFoundError:
+        return []
+    found = {}
+    for entry in entries:
+        name = entry["name"].rstrip("/").rpartition("/")[2]
+        if entry.get("type") != "directory" and name.endswith(suffix):
+            found[name] = entry
+    names = sorted(found)
+    if any(found[name].get("size") is None for name in names):  # a web server's page of links
+        return [
+            (name, *known) for name, known in zip(names, stat_many([f"{folder.rstrip('/')}/{name}" for name in names]))
+        ]
+    return [(name, int(found[name]["size"]), _stamp(found[name])) for name in names]
+
+
+def glob(pattern: str) -> list[str]:
+    """URLs that match, sorted."""
+    filesystem, path = _split(pattern)
+    names = retry(pattern, lambda: filesystem.glob(path))
+    return sorted(name if "://" in name else f"{pattern.partition('://')[0]}://{name}" for name in names)
+
+
+class Fetcher:
+    """Reads objects in many concurrent ranges. `close` ends what is under way."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="range")
+        self._stop = threading.Event()
+
+    def fetch(self, url: str, size: int, descriptor: int) -> None:
+        """Writes the first `size` bytes of the object to the file. OSError, ValueError or FileNotFoundError
+        when that fails."""
+        starts = list(range(0, size, RANGE))
+        if starts and url.startswith("http"):
+            # A server that knows no ranges answers with everything: the first answer tells, before the
+            # others are asked for.
+            if self._range(url, 0, min(RANGE, size), size, descriptor):
+                return
+            del starts[0]
+        futures = [self._pool.submit(self._range, url, s, min(s + RANGE, size), size, descriptor) for s in starts]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            # Those that run write to `descriptor`, which the caller is about to close.
+            with contextlib.suppress(Exception):
+                for future in futures:
+                    if not future.cancelled():
+                        future.exception()
+            raise
+
+    def _range(self, url: str, start: int, end: int, size: int, descriptor: int) -> bool:
+        """Bytes [start, end) into the file; True when the server sent all of it instead."""
+        filesystem, path = _split(url)
+
+        def request() -> bytes:
+            if self._stop.is_set():
+                raise ValueError("closed")
+            content = filesystem.cat_file(path, start=start, end=end)
+            if not content:
+                raise OSError(f"no bytes came from {start:,} on, of {size:,}")
+            return content
+
+        while start < end:
+            content = retry(url, request, self._stop)
+            if len(content) > end - start:
+                if len(content) != size:
+                    raise ValueError(
+                        f"{url}: {len(content):,} bytes came, {size:,} were expected: it was replaced, or the "
+                        f"server ignores ranges"
+                    )
+                _write(descriptor, content, 0)
+                return True
+            _write(descriptor, content, start)
+            start += len(content)
+        return False
+
+    def close(self) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write(descriptor: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

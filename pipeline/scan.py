@@ -1,0 +1,193 @@
+"""Many tars at once, in parallel and with a progress bar: index those without a manifest, check those with one."""
+
+import io
+import itertools
+import multiprocessing
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import xxhash
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline.index import Component, format_index, image_rank, index_tar, read_index, write_atomically
+from pipeline.storage import Storage, is_remote, local_path
+
+T = TypeVar("T")
+R = TypeVar("R")
+FETCHES = 4  # remote shards being fetched and indexed at a time; each is fetched in many ranges
+PIXEL_LIMIT = 256_000_000
+
+
+class Scanned(NamedTuple):
+    """What a scan found out about one tar."""
+
+    samples: int
+    bytes: int
+    checksum: str  # "" when the tar was not read as a whole
+    images_beyond: int  # further images of a key, beyond the one that is used
+    index_differs: bool = False  # another .idx is there already: it was left alone, and none was written
+
+
+def index_shards(
+    tars: Sequence[str], indexes: Sequence[Path], storage: Storage, *, workers: int, progress: bool
+) -> list[Scanned]:
+    """Writes indexes[i] for tars[i], each a path or a URL, and says what they hold.
+
+    Local tars have only their headers read, in processes; remote ones are fetched whole, in threads, and so get a
+    checksum too.
+    ValueError or FileNotFoundError of the first tar that cannot be used.
+    """
+    jobs = list(zip(tars, indexes))
+    if any(is_remote(tar) for tar in tars):
+        with ThreadPoolExecutor(FETCHES) as pool:
+            return list(
+                _track(_map(pool, partial(_index_remote, storage), jobs, FETCHES), len(jobs), "indexing", progress)
+            )
+    return _in_processes(_index_local, jobs, "indexing", workers, progress)
+
+
+def _index_local(job: tuple[str, Path]) -> Scanned:
+    tar, index = job
+    path = local_path(tar)
+    samples = index_tar(path)
+    return _write(samples, index, path.stat().st_size, "")
+
+
+def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
+    tar, index = job
+    data = storage.open(tar)
+    try:
+        samples = index_tar(data)
+    except ValueError as error:
+        raise ValueError(str(error).replace("the tar", tar, 1)) from None
+    return _write(samples, index, len(data), checksum_of(data))
+
+
+def _write(samples: list[list[Component]], index: Path, size: int, checksum: str) -> Scanned:
+    content = format_index(samples)
+    differs = index.exists() and index.read_bytes() != content
+    if not differs:
+        write_atomically(index, content)
+    beyond = sum(sum(image_rank(c.extension) >= 0 for c in sample) - 1 for sample in samples)
+    return Scanned(len(samples), size, checksum, beyond, differs)
+
+
+def checksum_of(data: np.ndarray) -> str:
+    """As manifests have it: "xxh3_64:" and 16 hex digits."""
+    digest = xxhash.xxh3_64()
+    for begin in range(0, len(data), 1 << 24):
+        digest.update(data[begin : begin + (1 << 24)].data)
+    return f"xxh3_64:{digest.hexdigest()}"
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+class Expected(NamedTuple):
+    """A shard as its manifest has it."""
+
+    tar: str
+    idx: str
+    samples: int
+    bytes: int
+    checksum: str
+
+
+def check_shards(shards: Sequence[Expected], storage: Storage, *, workers: int, progress: bool) -> Iterator[str]:
+    """Reads every shard again as a whole and yields a line for each fault: size, checksum, index, count, images
+    that do not decode."""
+    if any(is_remote(s.tar) for s in shards):
+        with ThreadPoolExecutor(FETCHES) as pool:
+            results = _map(pool, partial(_check, storage), shards, FETCHES)
+            yield from itertools.chain.from_iterable(_track(results, len(shards), "checking", progress))
+    else:
+        yield from itertools.chain.from_iterable(_in_processes(_check_local, shards, "checking", workers, progress))
+
+
+def _check_local(shard: Expected) -> list[str]:
+    return _check(Storage(open_files=1), shard)
+
+
+def _check(storage: Storage, shard: Expected) -> list[str]:
+    try:
+        data = storage.open(shard.tar, bytes=shard.bytes)
+        if shard.checksum and (found := checksum_of(data)) != shard.checksum:
+            return [f"{shard.tar}: checksum {found}, the manifest says {shard.checksum}: fetch or write it again"]
+        samples = index_tar(data)
+        index = read_index(storage.read_bytes(shard.idx), samples=shard.samples, size=shard.bytes, label=shard.idx)
+    except (ValueError, OSError) as error:
+        return [f"{shard.tar}: {error}"]
+    best = [min((c for c in s if image_rank(c.extension) >= 0), key=lambda c: image_rank(c.extension)) for s in samples]
+    faults = []
+    if sorted(zip(index.offsets.tolist(), index.sizes.tolist())) != sorted((c.offset, c.size) for c in best):
+        faults.append(f"{shard.idx}: does not say where the images of {shard.tar} are: delete it and the manifest")
+    for component in best:
+        reason = _undecodable(data[component.offset : component.offset + component.size])
+        if reason:
+            faults.append(f"{shard.tar}: {component.name}: {reason}")
+    return faults
+
+
+def _undecodable(encoded: np.ndarray) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(encoded.tobytes())) as image:
+                if image.width * image.height > PIXEL_LIMIT:
+                    return f"{image.width}x{image.height} pixels"
+                image.load()
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on broken files
+        return f"does not decode: {error}" if str(error) else f"does not decode: {type(error).__name__}"
+    return ""
+
+
+# --- in parallel ------------------------------------------------------------------------------------------------------
+
+
+def _in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: int, progress: bool) -> list[R]:
+    workers = min(workers, len(jobs) // 4)  # a process costs half a second to start, a shard some tens of milliseconds
+    if workers < 2:
+        return list(_track(map(work, jobs), len(jobs), what, progress))
+    # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(_track(_map(pool, work, jobs, workers), len(jobs), what, progress))
+
+
+def _map(pool: Executor, work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
+    """Results in order. At the first error the jobs that have not begun are dropped, and the error raised."""
+    futures = [pool.submit(work, job) for job in jobs]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _track(results: Iterable[R], total: int, what: str, show: bool) -> Iterator[R]:
+    """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
+    if not show:
+        yield from results
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(results, total=total, desc=what, unit="shard")
+        return
+    started = printed = time.monotonic()
+    for done, result in enumerate(results, 1):
+        yield result
+        now = time.monotonic()
+        if now - printed > 10 or (done == total and now - started > 10):
+            print(
+                f"{what}: {done:,} of {total:,} shards, {done / (now - started):.1f} a second",
+                file=sys.stderr,
+                flush=True,
+            )
+            printed = now
