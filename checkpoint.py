@@ -1,0 +1,148 @@
+"""Checkpoints that a crash, a full disk or a flipped bit cannot turn into a lost run.
+
+Written beside, fsynced, renamed: a file named step_00000100.pt is whole. Read back only after every record's checksum (the CRC-32 that
+torch.save's zip container holds) agrees; when the newest is damaged the one before it is taken. Nothing is unpickled but tensors and
+plain values (`weights_only`)."""
+
+import os
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def directory(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, keep_every: int = 0) -> Path:
+    """Writes RUN/checkpoints/step_{step:08d}.pt, then removes all but the `keep` newest and those whose step is a multiple of
+    `keep_every` (in steps; 0: none). Raises OSError when the file cannot be written; the older checkpoints are then untouched."""
+    folder = directory(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    beside = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except RuntimeError as error:  # how torch's zip writer reports a write that failed
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    _fsync_folder(folder)
+    steps = list_steps(run_dir)
+    for old in steps[:-keep]:
+        if not (keep_every and old % keep_every == 0):
+            (folder / f"step_{old:08d}.pt").unlink(missing_ok=True)
+    return path
+
+
+def list_steps(run_dir: str | Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, ascending."""
+    return sorted(int(p.stem.removeprefix("step_")) for p in directory(run_dir).glob("step_*.pt"))
+
+
+def path_of(run_dir: str | Path, step: int) -> Path:
+    return directory(run_dir) / f"step_{step:08d}.pt"
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint's path, unverified; None when there is none."""
+    steps = list_steps(run_dir)
+    return path_of(run_dir, steps[-1]) if steps else None
+
+
+def load(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+    """Verifies every record's checksum, then reads. Raises FileNotFoundError, and ValueError when the file is damaged."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as records:
+            broken = records.testzip()
+        if broken is not None:
+            raise ValueError(f"{path} is damaged: checksum of {broken} differs")
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def load_newest(run_dir: str | Path, map_location: str = "cpu") -> dict[str, Any] | None:
+    """The newest checkpoint that verifies, warning about each damaged one passed over; None when the folder holds none. Raises
+    ValueError when it holds some and all are damaged."""
+    steps = list_steps(run_dir)
+    for step in reversed(steps):
+        try:
+            return load(path_of(run_dir, step), map_location)
+        except ValueError as error:
+            print(f"warning: {error}; taking the checkpoint before it", file=sys.stderr, flush=True)
+    if steps:
+        raise ValueError(
+            f"all {len(steps)} checkpoints in {directory(run_dir)} are damaged; remove the folder to begin again"
+        )
+    return None
+
+
+def snapshot(state: Any) -> Any:
+    """The state with every tensor copied to the host, so that training may go on while it is written. The copy is the only part
+    of saving that training waits for."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(snapshot(value) for value in state)
+    return state
+
+
+class Writer:
+    """Writes snapshots in a background thread, one at a time. A write that fails is a warning, not the end of the run."""
+
+    def __init__(self, run_dir: str | Path, *, keep: int, keep_every: int = 0) -> None:
+        self.run_dir, self.keep, self.keep_every = Path(run_dir), keep, keep_every
+        self.last_good: Path | None = latest(run_dir)
+        self.seconds = 0.0  # of the last write
+        self._thread: threading.Thread | None = None
+        # What a writer that was killed left behind.
+        for leftover in directory(run_dir).glob(".step_*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def submit(self, state: dict[str, Any], step: int) -> None:
+        """Takes a snapshot of `state` and returns; waits first for a write still under way."""
+        self.join()
+        copy = snapshot(state)
+        self._thread = threading.Thread(target=self._write, args=(copy, step), name="checkpoint")
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, state: dict[str, Any], step: int) -> None:
+        begin = time.perf_counter()
+        try:
+            self.last_good = save(self.run_dir, state, step=step, keep=self.keep, keep_every=self.keep_every)
+        except OSError as error:
+            kept = self.last_good or "none"
+            print(
+                f"warning: step {step} not saved ({error}); training goes on, the last checkpoint is {kept}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.seconds = time.perf_counter() - begin
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself, else a power cut may undo it
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""What continuing a run needs beside the checkpoint's file: may this recipe continue it, which checkpoint do all ranks take, and the
+random generators."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import recipe as recipes
+from recipe import CHANGEABLE, Recipe
+
+
+def compare_recipes(out: Path, r: Recipe) -> list[str]:
+    """Against RUN/recipe.yaml, if there is one: a line for each field that differs and may. Raises ValueError naming those that may
+    not, because the run would not be the same experiment."""
+    path = out / "recipe.yaml"
+    if not path.is_file():
+        return []
+    changed = recipes.differences(recipes.load(path), r)
+    changed.pop("out", None)
+    fatal = {name: values for name, values in changed.items() if name not in CHANGEABLE}
+    if fatal:
+        listed = ", ".join(f"{name} {old!r} there and {new!r} now" for name, (old, new) in fatal.items())
+        raise ValueError(
+            f"{out} holds a run with another recipe: {listed}. Give another --out, or the same values to continue it"
+        )
+    notes = [f"{name} changes from {old!r} to {new!r}" for name, (old, new) in changed.items()]
+    if "epochs" in changed and r.schedule in ("step", "cosine"):
+        notes.append(f"the {r.schedule} schedule is that of {r.epochs} epochs from here on")
+    return notes
+
+
+def load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | None:
+    """The newest checkpoint that verifies; rank 0 chooses, so that all ranks take the same one. None when there is none."""
+    if group is None:
+        return checkpoint.load_newest(out)
+    message: list[Any] = [None, ""]
+    state = None
+    if dist.get_rank() == 0:
+        try:
+            state = checkpoint.load_newest(out)
+            message[0] = state and state["step"]
+        except ValueError as error:
+            message[1] = str(error)
+    dist.broadcast_object_list(message, src=0, group=group)
+    step, problem = message
+    if problem:
+        raise ValueError(problem)
+    if state is None and step is not None:
+        try:
+            state = checkpoint.load(checkpoint.path_of(out, step))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{checkpoint.path_of(out, step)} is not to be seen here: --out must be on storage that all machines share"
+            ) from None
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of this rank's generators, in plain values and tensors. Order, views, shuffles and queue do not depend on them; dropout would."""
+    numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is what others may draw from
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"], device)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's value, by rank."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -1,0 +1,35 @@
+"""The learning rate: a pure function of the optimiser step, the same for any number of ranks and after any restart.
+
+No scheduler object: one that accelerate prepares steps once per process, and its state is one more thing to save."""
+
+import math
+
+
+def learning_rate(
+    step: int,
+    *,
+    lr: float,
+    schedule: str,
+    steps_per_epoch: int,
+    epochs: int = 0,
+    milestones: tuple[int, ...] = (),
+    decay: float = 0.1,
+    decay_steps: int = 1,
+    warmup_epochs: int = 0,
+) -> float:
+    """The rate of optimiser step `step`, counted from 0.
+
+    "step" and "cosine" change once an epoch, as the reference code does: lr * decay**(milestones passed), and
+    lr * (1 + cos(pi * epoch / epochs)) / 2. "exponential" is the IG-1B schedule of MoCo v1 (section 4): lr * decay**(step // decay_steps).
+    A warm-up multiplies the schedule by a line that reaches 1 at the end of `warmup_epochs`; the papers have none.
+    """
+    epoch = step // steps_per_epoch
+    if schedule == "step":
+        lr *= decay ** sum(epoch >= milestone for milestone in milestones)
+    elif schedule == "cosine":
+        lr *= 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+    elif schedule == "exponential":
+        lr *= decay ** (step // decay_steps)
+    elif schedule != "constant":
+        raise ValueError(f"schedule {schedule!r} is none of step, cosine, exponential, constant")
+    return lr * min(1.0, (step + 1) / max(1, warmup_epochs * steps_per_epoch))

@@ -1,0 +1,203 @@
+"""Several processes as one run: they agree before the first step, stop at the same step, and end together when one dies or hangs."""
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+BEAT = 1.0  # seconds between two signs of life
+PATIENT = 1800.0  # seconds that start-up, kNN and saving may take
+
+
+def control_group() -> dist.ProcessGroup | None:
+    """A gloo group for messages between hosts that must not touch the GPU; None when there is one process."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+def agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) -> None:
+    """All ranks call it once set up. Raises the same ValueError on every rank when any of them met a `problem` or when their `facts`
+    differ, naming ranks and facts; without it they would hang in the first collective, or train on different things."""
+    if group is None:
+        everyone: list[Any] = [(facts, problem)]
+    else:
+        everyone = [None] * group.size()
+        dist.all_gather_object(everyone, (facts, problem), group=group)
+    problems = [(rank, text) for rank, (_, text) in enumerate(everyone) if text]
+    if problems:
+        rank, text = problems[0]
+        raise ValueError(text if len(problems) == len(everyone) else f"rank {rank}: {text}")
+    first = everyone[0][0]
+    lines = [
+        f"rank {rank} has {name} {other[name]!r}, rank 0 has {first[name]!r}"
+        for rank, (other, _) in enumerate(everyone)
+        for name in first
+        if other[name] != first[name]
+    ]
+    if lines:
+        raise ValueError("the ranks were not started alike: " + "; ".join(lines[:8]))
+
+
+class Stop:
+    """SIGTERM, SIGINT and SIGUSR1 to any rank: all of them leave the loop after the same step."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group, self.name = group, ""
+        self._flag, self._work = torch.zeros(1), None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            # A second signal changes nothing: torchrun forwards the terminal's SIGINT that the rank already got itself.
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+
+    def asked(self) -> bool:
+        """Call once a step. Each call sends this rank's wish and returns the ranks' common wish as of the call before: no waiting,
+        and no device involved."""
+        if self.group is None:
+            return bool(self.name)
+        if self._work is not None:
+            self._work.wait()
+        stop = bool(self._flag.item())
+        self._flag = torch.tensor([float(bool(self.name))])
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return stop
+
+
+class Watchdog(threading.Thread):
+    """Where this rank is, told to the others every second through the rendezvous store; ends the process when any rank is lost.
+
+    A rank is lost when it gives no sign of life for `seconds`, or when nobody makes progress for that long (or five times the slowest
+    step so far): then the one that is behind is named. Only a process that is gone cannot say so itself, hence the others do."""
+
+    def __init__(self, rank: int, ranks: int, seconds: float) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.rank, self.ranks, self.seconds = rank, ranks, seconds
+        self.step, self.name_of_phase, self.ticks = 0, "start", 0
+        self._changed = self._step_began = time.monotonic()
+        self._slowest, self._steps = 0.0, 0
+        self._over = threading.Event()
+        self._seen = {r: (b"", time.monotonic()) for r in range(ranks)}
+        self._where = f"{socket.gethostname()} {os.getpid()}"
+        self._store: dist.Store | None = None
+        if ranks > 1:
+            # A connection of its own: the group's is locked while the main thread waits in it.
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+            # torchrun keeps one store over its restarts
+            self._store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self._publish()
+
+    def phase(self, name: str) -> None:
+        """Called by the loop wherever it goes on to something else; every rank goes through the same phases."""
+        self.name_of_phase = name
+        self.ticks += 1
+        self._changed = time.monotonic()
+
+    def next_step(self, step: int) -> None:
+        now = time.monotonic()
+        if self._steps > 1:  # the first two compile, tune and fill buffers
+            self._slowest = max(self._slowest, now - self._step_began)
+        self.step, self._step_began = step, now
+        self._steps += 1
+
+    def allowance(self) -> float:
+        """Seconds without progress after which something is wrong."""
+        if self._steps < 3 or self.name_of_phase in ("start", "knn", "save"):
+            return PATIENT
+        return max(self.seconds, 5 * self._slowest)
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def run(self) -> None:
+        failures = 0
+        while not self._over.wait(BEAT):
+            try:
+                self._publish()
+                others = self._read()
+                failures = 0
+            except RuntimeError as error:
+                failures += 1
+                if failures * BEAT >= min(10.0, self.seconds):
+                    self._end(f"the rendezvous store on rank 0's machine is gone: {error}")
+                continue
+            silent = [
+                r for r, (_, when) in self._seen.items() if time.monotonic() - when > self.seconds and r != self.rank
+            ]
+            if silent:
+                self._end(self._describe(others, silent, f"no sign of life for {self.seconds:.0f} s"), silent, others)
+            idle = time.monotonic() - self._changed
+            if idle > self.allowance():
+                behind = [r for r in others if others[r][0] == min(ticks for ticks, *_ in others.values())]
+                what = f"no progress for {idle:.0f} s"
+                if len(behind) == self.ranks and self.ranks > 1:
+                    self._end(f"all ranks hang at step {self.step} in {self.name_of_phase!r}, {what}")
+                self._end(self._describe(others, behind, what), behind, others)
+
+    def lost(self, patience: float = 3.5) -> str:
+        """After a collective failed: who is gone, as far as can be seen within `patience` seconds; "" when nobody is."""
+        if self._store is None:
+            return ""
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            time.sleep(BEAT / 2)
+            try:
+                self._publish()
+                others = self._read()
+            except RuntimeError:
+                return "the rendezvous store on rank 0's machine is gone"
+            if self._store.check(["failed"]):
+                return self._store.get("failed").decode()
+        gone = [r for r, (_, when) in self._seen.items() if time.monotonic() - when > 2.5 * BEAT and r != self.rank]
+        return self._describe(others, gone, "it died") if gone else ""
+
+    def tell(self, message: str) -> None:
+        """Leaves this rank's error where the others find the reason why their collectives fail."""
+        if self._store is not None and not self._store.check(["failed"]):
+            self._store.set("failed", f"rank {self.rank} failed: {message}")
+
+    def _publish(self) -> None:
+        if self._store is not None:
+            # The clock makes every beat differ, so that silence shows.
+            line = f"{self.ticks}|{self.step}|{self.name_of_phase}|{self._where}|{time.monotonic()}"
+            self._store.set(str(self.rank), line)
+
+    def _read(self) -> dict[int, tuple[int, int, str, str]]:
+        if self._store is None:
+            return {self.rank: (self.ticks, self.step, self.name_of_phase, self._where)}
+        now, others = time.monotonic(), {}
+        for rank, line in enumerate(self._store.multi_get([str(r) for r in range(self.ranks)])):
+            if line != self._seen[rank][0]:
+                self._seen[rank] = (line, now)
+            ticks, step, phase, where, _ = line.decode().split("|")
+            others[rank] = (int(ticks), int(step), phase, where)
+        return others
+
+    def _describe(self, others: dict[int, tuple[int, int, str, str]], ranks: list[int], what: str) -> str:
+        return "; ".join(
+            f"rank {r} ({others[r][3].replace(' ', ' process ')}) at step {others[r][1]} in {others[r][2]!r}: {what}"
+            for r in ranks
+        )
+
+    def _end(self, message: str, culprits: list[int] = [], others: dict[int, tuple[int, int, str, str]] = {}) -> None:  # noqa: B006
+        speaker = min((r for r in range(self.ranks) if r not in culprits), default=0)
+        if self.rank in (speaker, *culprits):
+            print(f"error: rank {self.rank} ends the run: {message}", file=sys.stderr, flush=True)
+        if self.rank in culprits:
+            faulthandler.dump_traceback(all_threads=True)  # where it hangs
+        for r in culprits:
+            host, pid = others[r][3].split(" ")
+            if r != self.rank and host == socket.gethostname():
+                try:
+                    os.kill(int(pid), signal.SIGKILL)  # a stopped process does not end itself
+                except ProcessLookupError:
+                    pass
+        os._exit(1)
