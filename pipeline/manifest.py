@@ -19,12 +19,12 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 import xxhash
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 
 from pipeline.cache import locked
 from pipeline.card import Card, Entry, is_card, is_compressed, is_pattern, is_tar, read_card, short_name, split_root
 from pipeline.index import write_atomically
-from pipeline.scan import index_shards
+from pipeline.scan import Expected, check_shards, index_shards
 from pipeline.storage import Storage, is_remote, local_path
 
 FORMAT = 1
@@ -301,7 +301,7 @@ def _compare(manifest: Manifest, present: set[str]) -> None:
 
 def _no_shards(folder: str, storage: Storage) -> str:
     if storage.list(folder, ".tar.gz") or storage.list(folder, ".tgz"):
-        return f"{folder} holds compressed tars, whose images cannot be reached singly: unpack them, `gunzip {folder}/*.gz`"
+        return f"{folder} holds compressed tars, whose images cannot be reached singly: `gunzip {folder}/*.gz`"
     within = [] if is_remote(folder) else sorted({str(p.parent) for p in local_path(folder).glob("*/*.tar")})
     if within:
         return (
@@ -368,25 +368,47 @@ def _build(
 # --- python -m pipeline.manifest --------------------------------------------------------------------------------------
 
 
-def describe(
-    data: str,
-    check: bool = False,
-    cache_dir: str | None = None,
-    cache_bytes: int = 50 << 30,
-    workers: int | None = None,
-) -> int:
-    """Prints what a data source holds, or checks it.
+def main() -> int:
+    """Prints what a data source holds, or checks it. Returns the exit code."""
+    parser = ArgumentParser(
+        prog="python -m pipeline.manifest", description="Print what a data source holds, or check it."
+    )
+    parser.add_argument("data", help="a folder of shards, one tar, a brace pattern, a URL, or a YAML source card")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read everything again and print a line for each fault: size, checksum, index, images that do not decode",
+    )
+    parser.add_argument(
+        "--cache_dir", type=str | None, help="where remote shards are kept (default: ~/.cache/moco-pipeline)"
+    )
+    parser.add_argument("--cache_bytes", type=int, default=50 << 30, help="how much of them to keep")
+    parser.add_argument("--workers", type=int | None, help="processes that index and check (default: all cores)")
+    options = parser.parse_args()
+    source = open_source(
+        options.data, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes, workers=options.workers
+    )
+    print(_table(source))
+    if not options.check:
+        return 0
+    storage = Storage(cache_dir=options.cache_dir, cache_bytes=options.cache_bytes)
+    shards = [
+        Expected(m.shard_url(i), m.index_url(i), s.samples, s.bytes, s.checksum)
+        for m in source.manifests
+        for i, s in enumerate(m.shards)
+    ]
+    faults = 0
+    for fault in check_shards(shards, storage, workers=options.workers or os.cpu_count() or 1, progress=True):
+        print(fault)
+        faults += 1
+    storage.close()
+    unknown = sum(not s.checksum for s in shards)
+    without = f" ({unknown:,} shards have no checksum to compare with)" if unknown else ""
+    print(f"checked {len(shards):,} shards, {source.samples:,} samples: {faults:,} faults{without}")
+    return 1 if faults else 0
 
-    Args:
-        data: a folder of shards, one tar, a brace pattern, a URL, or a YAML source card
-        check: read everything again and print a line for each fault: size, checksum, index, images that do not decode
-        cache_dir: where remote shards and manifests that have no other place are kept
-        cache_bytes: how much of remote shards to keep
-        workers: processes that index and check, default all cores
 
-    Returns the number of faults.
-    """
-    source = open_source(data, cache_dir=cache_dir, cache_bytes=cache_bytes, workers=workers)
+def _table(source: Source) -> str:
     rows = [("source", "share", "samples", "shards", "GB", "kB/sample", "classes", "where")]
     for manifest, weight, name in zip(source.manifests, source.weights, source.names):
         size = sum(shard.bytes for shard in manifest.shards)
@@ -394,35 +416,18 @@ def describe(
         each = f"{size / manifest.samples / 1000:.1f}"
         rows.append((name, f"{weight:.1%}", *counts, each, str(len(manifest.classes) or "-"), manifest.root))
     widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
     for row in rows:
         cells = [cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
     chunk = "all its shards" if source.chunk_shards is None else f"{source.chunk_shards} shards at a time"
-    print(
-        f"order: {source.lanes} lane{'s' * (source.lanes > 1)}, each shuffling {chunk}; fingerprint {source.fingerprint}"
-    )
-    if not check:
-        return 0
-    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
-    shards = [
-        Expected(m.shard_url(i), m.index_url(i), s.samples, s.bytes, s.checksum)
-        for m in source.manifests
-        for i, s in enumerate(m.shards)
-    ]
-    faults = 0
-    for fault in check_shards(shards, storage, workers=workers or os.cpu_count() or 1, progress=True):
-        print(fault)
-        faults += 1
-    storage.close()
-    unknown = sum(not s.checksum for s in shards)
-    without = f" ({unknown:,} have no checksum to compare with)" if unknown else ""
-    print(f"checked {len(shards):,} shards, {source.samples:,} samples: {faults:,} faults{without}")
-    return faults
+    lanes = f"{source.lanes} lane{'s' * (source.lanes > 1)}"
+    return "\n".join([*lines, f"order: {lanes}, each shuffling {chunk}; fingerprint {source.fingerprint}"])
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(1 if auto_cli(describe, as_positional=True) else 0)
+        sys.exit(main())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
