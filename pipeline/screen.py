@@ -163,10 +163,9 @@ def _exif_orientation(tiff: bytes) -> int:
     if offset + 2 > len(tiff):
         return -1
     (count,) = struct.unpack_from(order + "H", tiff, offset)
-    for i in range(count):
-        at = offset + 2 + 12 * i
-        if at + 12 > len(tiff):
-            return -1
+    if offset + 2 + 12 * count > len(tiff):
+        return -1
+    for at in range(offset + 2, offset + 2 + 12 * count, 12):
         tag, kind, values, value = struct.unpack_from(order + "HHIH", tiff, at)
         if tag == 0x0112:
             return value if kind == 3 and values == 1 else -1
