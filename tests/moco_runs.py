@@ -63,12 +63,14 @@ def train(
     steps: int = 4,
     accumulate: int = 1,
     batchnorm: bool = True,
+    repeat: int = 10**9,
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, Any]:
     """Trains as train.py does, on this rank's part of each batch, with `groups` BN groups in the world.
 
-    Returns losses [steps] of this rank, the first step's gradients, parameters and state at the end.
+    The batches come again after `repeat` steps. Returns this rank's losses [steps], the first step's gradients, the
+    dictionary after each step, and the parameters at the end.
     """
     local_groups = groups // world
     encoder = split_batchnorm(small_encoder(batchnorm=batchnorm), local_groups)
@@ -83,7 +85,7 @@ def train(
     bank = MemoryBank(SAMPLES, dim=DIM, num_negatives=24, temperature=TEMPERATURE)
     losses, gradients, queues = [], [], []
     for step in range(steps):
-        query, key, ids = (part(t, rank, world) for t in views(step))
+        query, key, ids = (part(t, rank, world) for t in views(step % repeat))
         optimizer.zero_grad()
         all_keys, total = [], 0.0
         for x, y, i in zip(query.chunk(accumulate), key.chunk(accumulate), ids.chunk(accumulate)):

@@ -3,9 +3,11 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from moco_runs import BATCH, QUEUE, of_ranks, train
+from test_moco import algorithm_1
 
 WORLDS = [2, 4]
 alone = cache(train)
@@ -37,6 +39,13 @@ def test_ranks_equal_one_process(
     """Losses, gradients, parameters and dictionaries; gradients too of keys that other ranks use as negatives."""
     ranks = [r[scenario] for r in of_ranks(world)]
     assert_same_training(ranks, alone(mechanism, groups=groups * world, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_twenty_losses_of_algorithm_1_on_ranks(world: int) -> None:
+    ours = torch.stack([r["moco"]["losses"] for r in of_ranks(world)]).mean(dim=0)
+    np.testing.assert_allclose(ours.numpy(), algorithm_1(world, 20), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
