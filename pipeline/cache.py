@@ -173,6 +173,11 @@ class Cache:
                 total -= size
         return total <= limit
 
+    def rename(self, url: str, size: int, checksum: str) -> None:
+        """A shard that was fetched with nothing known about it: now this is known."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path(url, -1, "").rename(self.path(url, size, checksum))
+
     def close(self) -> None:
         self._fetcher.close()
 

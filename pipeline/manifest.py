@@ -269,6 +269,7 @@ def _open_manifest(data: str, storage: Storage, workers: int, progress: bool) ->
         return _build(folder, tars, beside, storage, workers, progress)
     if not is_remote(folder):
         _compare(manifest, {join(folder, name) for name, _, _ in tars})
+        _complete(manifest, storage, workers, progress)
     return manifest
 
 
@@ -299,6 +300,22 @@ def _compare(manifest: Manifest, present: set[str]) -> None:
         )
 
 
+def _complete(manifest: Manifest, storage: Storage, workers: int, progress: bool) -> None:
+    """Builds the indexes that a local folder with a manifest lacks."""
+    there = {join(manifest.root, name) for name, _, _ in storage.list(manifest.root, ".idx")}
+    lacking = [i for i in range(len(manifest.shards)) if manifest.index_url(i) not in there]
+    lacking = [i for i in lacking if not local_path(manifest.index_url(i)).exists()]  # those in subfolders
+    tars, indexes = [manifest.shard_url(i) for i in lacking], [Path(manifest.index_url(i)) for i in lacking]
+    scanned = index_shards(tars, indexes, storage, workers=workers, progress=progress)
+    for shard, found in zip((manifest.shards[i] for i in lacking), scanned):
+        if (shard.samples, shard.bytes) != (found.samples, found.bytes):
+            raise ValueError(
+                f"{join(manifest.root, shard.path)} has {found.samples:,} samples in {found.bytes:,} bytes, "
+                f"its manifest "
+                f"says {shard.samples:,} in {shard.bytes:,}: fetch it again, or delete the manifest to have it rebuilt"
+            )
+
+
 def _no_shards(folder: str, storage: Storage) -> str:
     if storage.list(folder, ".tar.gz") or storage.list(folder, ".tgz"):
         return f"{folder} holds compressed tars, whose images cannot be reached singly: `gunzip {folder}/*.gz`"
@@ -307,10 +324,8 @@ def _no_shards(folder: str, storage: Storage) -> str:
         return (
             f"{folder} holds no shards itself, but {', '.join(within[:4])} do: name one, or list several in a YAML card"
         )
-    return (
-        f"{folder} holds no shards (no {NAME}, no .tar): "
-        f"make them from images with `python pipeline/make_shards.py IMAGES {folder}`"
-    )
+    make = f"make them from images with `python pipeline/make_shards.py IMAGES {'FOLDER' if is_remote(folder) else folder}`"
+    return f"{folder} holds no shards (no {NAME}, no .tar): {make}{' and upload them' if is_remote(folder) else ''}"
 
 
 def _open_tars(data: str, storage: Storage, workers: int, progress: bool) -> Manifest:

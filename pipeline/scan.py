@@ -68,7 +68,9 @@ def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
         samples = index_tar(data)
     except ValueError as error:
         raise ValueError(str(error).replace("the tar", tar, 1)) from None
-    return _write(samples, index, len(data), checksum_of(data))
+    scanned = _write(samples, index, len(data), checksum_of(data))
+    storage.learn(tar, scanned.bytes, scanned.checksum)
+    return scanned
 
 
 def _write(samples: list[list[Component]], index: Path, size: int, checksum: str) -> Scanned:

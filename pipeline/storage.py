@@ -193,6 +193,10 @@ class Storage:
                 elif not cache.path(url, size, checksum).exists():
                     self._fetching[url] = self._pool.submit(cache.fetch, url, size, checksum, wait=False)
 
+    def learn(self, url: str, size: int, checksum: str) -> None:
+        """Says what a remote shard that was opened without size and checksum has, so that it is not fetched again."""
+        self._open_cache().rename(url, size, checksum)
+
     def _open_cache(self) -> Cache:
         with self._lock:
             if self._cache is None:
