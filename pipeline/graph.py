@@ -4,7 +4,7 @@
 2. decoders.image: once per image, shared by its views.
 3. augment: crop, resize, colour, blur, flip, normalise, fused (kernels_cpu.py, kernels_gpu.py), one line per view.
 
-The device is an argument of the same function. Views leave as HWC, so the tensors are channels-last without a transpose.
+The device is an argument of the same function. Views leave as HWC: the tensors are channels-last without a transpose.
 """
 
 from collections.abc import Callable
@@ -12,32 +12,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.plugin.numba import fn as numba_fn
+from nvidia.dali.plugin.numba import NumbaFunction
 
-from pipeline import kernels_cpu
-from pipeline.views import COLUMNS, IMAGENET, Triple
+from pipeline.kernels_cpu import render_sample
+from pipeline.views import IMAGENET, Triple
 
 # Encoded bytes [n], then the parameters float32 [n, P] of each view.
 Feed = Callable[[], tuple[Any, ...]]
 
 
-def _augment_cpu(images: Any, rows: Any, image_size: int, mean: Triple, std: Triple) -> Any:
-    def run(out: NDArray[np.float32], image: NDArray[np.uint8], row: NDArray[np.float32]) -> None:
-        kernels_cpu.render(out, image, row, mean, std)
+class _Render(NumbaFunction):
+    """DALI's numba operator, calling a function that is compiled already."""
 
-    def setup(outs: Any, ins: Any) -> None:
+    def _get_run_fn_cpu(self, run_fn: int, *_: Any) -> int:
+        return run_fn
+
+
+def _augment_cpu(image_size: int) -> Callable[..., Any]:
+    def set_shapes(outs: Any, _: Any) -> None:
         for shape in outs[0]:
             shape[0], shape[1], shape[2] = image_size, image_size, 3
 
-    return numba_fn.numba_function(
-        images,
-        rows,
-        run_fn=run,
-        setup_fn=setup,
-        in_types=[types.UINT8, types.FLOAT],
-        ins_ndim=[3, 1],
+    return _Render(
+        run_fn=render_sample.address,
+        setup_fn=set_shapes,
+        in_types=[types.UINT8, types.FLOAT, types.FLOAT],
+        ins_ndim=[3, 1, 2],
         out_types=[types.FLOAT],
         outs_ndim=[3],
     )
@@ -49,14 +50,16 @@ def two_views(feed: Feed, num_views: int, image_size: int, mean: Triple, std: Tr
         feed, num_outputs=1 + num_views, batch=True, dtype=[types.UINT8] + num_views * [types.FLOAT]
     )
     images = fn.decoders.image(encoded, device=device, output_type=types.RGB)
-    return tuple(_augment_cpu(images, row, image_size, mean, std) for row in rows)
+    norm = types.Constant(np.array([mean, std], np.float32), device="cpu")
+    augment = _augment_cpu(image_size)
+    return tuple(augment(images, row, norm) for row in rows)
 
 
 class Graph:
     """Runs the graph over what `feed` returns, `prefetch` batches ahead of `run`.
 
-    feed() returns (encoded images: n uint8 arrays, parameters of view 0: float32 [n, P], ..., of view num_views - 1), with n up to
-    batch_size, and raises StopIteration at the end.
+    feed() returns (encoded images: n uint8 arrays, parameters of view 0: float32 [n, P], ..., of view num_views - 1),
+    with n up to batch_size, and raises StopIteration at the end.
     """
 
     def __init__(
@@ -93,7 +96,8 @@ class Graph:
     def run(self) -> tuple[torch.Tensor, ...]:
         """The views of the next batch: one tensor [n, 3, S, S] each, channels-last, normalised.
 
-        Raises StopIteration at the end and RuntimeError when a sample does not decode; the next call goes on with the next batch.
+        Raises StopIteration at the end, and RuntimeError when a sample does not decode; the next call then goes on with
+        the next batch.
         """
         outputs = self.pipeline.run()
         return tuple(torch.from_dlpack(out.as_tensor()).permute(0, 3, 1, 2).to(self.dtype) for out in outputs)

@@ -1,253 +1,376 @@
-"""One view of one image on the CPU: crop, resize, colour, blur, flip and normalise, fused in a function that numba compiles once and caches.
+"""One view of one image on the CPU: crop, resize, colour, blur, flip and normalise in one function, compiled by numba.
 
-Pixels are those of torchvision's functional ops on PIL images (Pillow's C code), whose roundings are kept: every op ends in uint8.
-Planar scratch images keep the inner loops contiguous, so that LLVM vectorises them; nothing in them branches on a pixel.
+Pixels are those of torchvision's functional ops on PIL images: the integer weights, truncations and 8-bit HSV of
+Pillow's C code are kept. Every inner loop runs over contiguous memory without a branch, so that LLVM vectorises it; the
+horizontal filter works on transposed bytes for that reason.
 """
 
 import math
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, cfunc, njit, types
 from numpy.typing import NDArray
+from nvidia.dali.plugin.numba import address_as_void_pointer  # type: ignore[attr-defined]
 
-from pipeline.views import (
-    BLUR, BRIGHTNESS, CONTRAST, FLIP, GREY_AFTER, GREY_BEFORE, GRID_HEIGHT, GRID_LEFT, GRID_TOP, GRID_WIDTH,
-    HEIGHT, HUE, LEFT, ORDER, ORDERS, SATURATION, TOP, WIDTH,
-)  # fmt: skip
+from pipeline import views
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-ORDER_TABLE = np.array(ORDERS, np.int64)
+Number = float | np.number[Any]
+Int32s = NDArray[np.int32]
+ORDERS = np.array(views.ORDERS, np.int64)
+WEIGHT_BITS = 22  # Pillow's fixed point
 
 
 @njit(cache=True)
-def triangle_weights(size: int, grid: int, start: int, count: int) -> tuple[NDArray[np.int64], Floats]:
-    """Antialiased bilinear weights from `size` pixels to the outputs [start, start + count) of a grid: first input pixel
-    [count], weights [count, taps], all rows of equal length (Pillow, Resample.c)."""
+def triangle_weights(size: int, grid: int, start: int, count: int) -> tuple[NDArray[np.int64], Int32s]:
+    """Antialiased bilinear weights of `size` pixels for the outputs [start, start + count) of `grid` (Pillow, Resample.c).
+
+    Returns the first pixel int64 [count] and the weights int32 [count, taps], of equal length, the unused ones 0.
+    """
     scale = size / grid
     support = max(scale, 1.0)
-    taps = min(int(math.ceil(support)) * 2 + 1, size)
     first = np.empty(count, np.int64)
-    weights = np.zeros((count, taps), np.float32)
+    taps = 1
     for i in range(count):
         center = (start + i + 0.5) * scale
-        low = max(int(center - support + 0.5), 0)
-        high = min(int(center + support + 0.5), size)
+        taps = max(taps, min(int(center + support + 0.5), size) - max(int(center - support + 0.5), 0))
+    taps = min(taps + taps % 2, size)
+    weights = np.zeros((count, taps), np.int32)
+    for i in range(count):
+        center = (start + i + 0.5) * scale
+        low, high = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), size)
         total = 0.0
         for x in range(low, high):
-            total += max(1.0 - abs((x - center + 0.5) / support), 0.0)
-        # Rows are as long as the longest: a row at the end starts earlier and has zeros in front.
-        begin = min(low, size - taps)
-        first[i] = begin
+            total += max(1.0 - abs((x - center + 0.5) * (1.0 / support)), 0.0)
+        # A row at the end starts earlier, so that all taps lie inside.
+        first[i] = min(low, size - taps)
         for x in range(low, high):
-            weights[i, x - begin] = max(1.0 - abs((x - center + 0.5) / support), 0.0) / total
+            weight = max(1.0 - abs((x - center + 0.5) * (1.0 / support)), 0.0) / total
+            weights[i, x - first[i]] = int(weight * (1 << WEIGHT_BITS) + 0.5)
     return first, weights
 
 
 @njit(cache=True)
+def to_byte(total: Number) -> Any:
+    """A fixed-point sum as a byte. int32 must be said at every step: numba's sums are int64, which vectorise badly."""
+    value = np.int32(total) >> WEIGHT_BITS
+    return np.uint8(value if value < 255 else 255)
+
+
+@njit(cache=True)
+def weigh(source: Bytes, start: int, step: int, weights: Int32s, out: Bytes, total: Int32s) -> None:
+    """out[i] = the weighted sum of source[start + i], source[start + step + i], ..., rounded and clamped."""
+    n, taps = len(out), len(weights)
+    half = np.int32(1 << (WEIGHT_BITS - 1))
+    a, u = source[start : start + n], weights[0]
+    if taps == 1:
+        for i in range(n):
+            out[i] = a[i]
+        return
+    b, v = source[start + step : start + step + n], weights[1]
+    if taps == 2:
+        for i in range(n):
+            out[i] = to_byte(half + np.int32(a[i]) * u + np.int32(b[i]) * v)
+        return
+    for k in range(2, taps, 2):
+        start += 2 * step
+        c, w = source[start : start + n], weights[k]
+        d, z = c, np.int32(0)
+        if k + 1 < taps:
+            d, z = source[start + step : start + step + n], weights[k + 1]
+        if taps <= 4:
+            for i in range(n):
+                near = np.int32(half + np.int32(a[i]) * u + np.int32(b[i]) * v)
+                out[i] = to_byte(near + np.int32(c[i]) * w + np.int32(d[i]) * z)
+        elif k == 2:
+            for i in range(n):
+                near = np.int32(half + np.int32(a[i]) * u + np.int32(b[i]) * v)
+                total[i] = np.int32(near + np.int32(c[i]) * w + np.int32(d[i]) * z)
+        else:
+            for i in range(n):
+                total[i] = np.int32(total[i] + np.int32(c[i]) * w + np.int32(d[i]) * z)
+    if taps > 4:
+        for i in range(n):
+            out[i] = to_byte(total[i])
+
+
+@njit(cache=True)
+def transpose(source: Bytes, target: Bytes) -> None:
+    """source [8 * m, 8 * n] to target [8 * n, 8 * m], 8 x 8 bytes at a time in words (Warren, Hacker's Delight 7-3)."""
+    rows, columns = source.shape[0] // 8, source.shape[1] // 8
+    words, out = source.view(np.uint64), target.view(np.uint64)
+    low32, low16, low8 = np.uint64(0x00000000FFFFFFFF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00FF00FF00FF00FF)
+    s32, s16, s8 = np.uint64(32), np.uint64(16), np.uint64(8)
+    for j in range(rows):
+        y = 8 * j
+        for i in range(columns):
+            a, b, c, d = words[y, i], words[y + 1, i], words[y + 2, i], words[y + 3, i]
+            e, f, g, h = words[y + 4, i], words[y + 5, i], words[y + 6, i], words[y + 7, i]
+            a, e = (a & low32) | (e << s32), (a >> s32) | (e & ~low32)
+            b, f = (b & low32) | (f << s32), (b >> s32) | (f & ~low32)
+            c, g = (c & low32) | (g << s32), (c >> s32) | (g & ~low32)
+            d, h = (d & low32) | (h << s32), (d >> s32) | (h & ~low32)
+            a, c = (a & low16) | ((c & low16) << s16), ((a >> s16) & low16) | (c & ~low16)
+            b, d = (b & low16) | ((d & low16) << s16), ((b >> s16) & low16) | (d & ~low16)
+            e, g = (e & low16) | ((g & low16) << s16), ((e >> s16) & low16) | (g & ~low16)
+            f, h = (f & low16) | ((h & low16) << s16), ((f >> s16) & low16) | (h & ~low16)
+            x = 8 * i
+            out[x, j] = (a & low8) | ((b & low8) << s8)
+            out[x + 1, j] = ((a >> s8) & low8) | (b & ~low8)
+            out[x + 2, j] = (c & low8) | ((d & low8) << s8)
+            out[x + 3, j] = ((c >> s8) & low8) | (d & ~low8)
+            out[x + 4, j] = (e & low8) | ((f & low8) << s8)
+            out[x + 5, j] = ((e >> s8) & low8) | (f & ~low8)
+            out[x + 6, j] = (g & low8) | ((h & low8) << s8)
+            out[x + 7, j] = ((g >> s8) & low8) | (h & ~low8)
+
+
+@njit(cache=True)
 def resize(image: Bytes, row: Floats, size: int) -> Bytes:
-    """The view's window of the resized box: uint8 planes [3, size, size]; horizontally first, rounded between, as Pillow does."""
-    top, left = int(row[TOP]), int(row[LEFT])
-    first_x, weights_x = triangle_weights(int(row[WIDTH]), int(row[GRID_WIDTH]), int(row[GRID_LEFT]), size)
-    first_y, weights_y = triangle_weights(int(row[HEIGHT]), int(row[GRID_HEIGHT]), int(row[GRID_TOP]), size)
-    taps_x, taps_y = weights_x.shape[1], weights_y.shape[1]
-    start = first_y[0]
-    rows = first_y[size - 1] + taps_y - start
-    narrow = np.empty((3, rows, size), np.uint8)
+    """The view's window of its resized box, uint8 [3, size, size]: across, rounded, then down, in Pillow's order."""
+    top, left = int(row[views.TOP]), int(row[views.LEFT])
+    width, height = int(row[views.WIDTH]), int(row[views.HEIGHT])
+    first_x, weights_x = triangle_weights(width, int(row[views.GRID_WIDTH]), int(row[views.GRID_LEFT]), size)
+    first_y, weights_y = triangle_weights(height, int(row[views.GRID_HEIGHT]), int(row[views.GRID_TOP]), size)
+    top, rows = top + first_y[0], first_y[size - 1] + weights_y.shape[1] - first_y[0]
+    left, columns = left + first_x[0], first_x[size - 1] + weights_x.shape[1] - first_x[0]
+    rows8, columns8, size8 = (rows + 7) // 8 * 8, (3 * columns + 7) // 8 * 8, (3 * size + 7) // 8 * 8
+
+    pixels = image.reshape(-1)
+    box = np.empty((rows8, columns8), np.uint8)
     for y in range(rows):
-        line = image[top + start + y]
-        for x in range(size):
-            r = g = b = np.float32(0.5)
-            for k in range(taps_x):
-                w = weights_x[x, k]
-                at = left + first_x[x] + k
-                r += w * line[at, 0]
-                g += w * line[at, 1]
-                b += w * line[at, 2]
-            narrow[0, y, x] = np.uint8(r)
-            narrow[1, y, x] = np.uint8(g)
-            narrow[2, y, x] = np.uint8(b)
-    out = np.empty((3, size, size), np.uint8)
-    total = np.empty(size, np.float32)
-    for c in range(3):
-        for y in range(size):
-            total[:] = np.float32(0.5)
-            for k in range(taps_y):
-                w = weights_y[y, k]
-                line = narrow[c, first_y[y] - start + k]
-                for x in range(size):
-                    total[x] += w * np.float32(line[x])
-            for x in range(size):
-                out[c, y, x] = np.uint8(total[x])
-    return out
+        start = 3 * ((top + y) * image.shape[1] + left)
+        copy(pixels[start : start + 3 * columns], box[y])
+    standing = np.empty((columns8, rows8), np.uint8)  # a line per column of the box, red, green and blue by turns
+    transpose(box, standing)
+    narrow = np.empty((size8, rows8), np.uint8)  # the same of the view: all red lines, all green ones, all blue ones
+    line, total = np.empty(3 * max(rows8, size), np.uint8), np.empty(3 * max(rows8, size), np.int32)
+    for x in range(size):
+        start = 3 * rows8 * (first_x[x] - first_x[0])
+        weigh(standing.reshape(-1), start, 3 * rows8, weights_x[x], line[: 3 * rows8], total)
+        for c in range(3):
+            copy(line[c * rows8 : (c + 1) * rows8], narrow[c * size + x])
+    lying = np.empty((rows8, size8), np.uint8)
+    transpose(narrow, lying)
+    planes = np.empty((3, size, size), np.uint8)
+    for y in range(size):
+        weigh(lying.reshape(-1), size8 * (first_y[y] - first_y[0]), size8, weights_y[y], line[: 3 * size], total)
+        for c in range(3):
+            copy(line[c * size : (c + 1) * size], planes[c, y])
+    return planes
 
 
 @njit(cache=True)
-def luma(r: int, g: int, b: int) -> int:
+def copy(source: Bytes, target: Bytes) -> None:
+    """target[: len(source)] = source, ten times as fast as numba's slice assignment: LLVM makes a memcpy of it."""
+    for i in range(len(source)):
+        target[i] = source[i]
+
+
+@njit(cache=True)
+def luma(r: Number, g: Number, b: Number) -> Any:
     """ITU-R 601-2 luma of a pixel, in Pillow's fixed point."""
-    return np.int32(np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
+    return np.int32(np.int32(np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16)
 
 
 @njit(cache=True)
-def blend(low: float, value: float, factor: float) -> int:
-    """Pillow's Image.blend of one byte: towards `low` or away from it, clamped, truncated."""
+def blend(low: Number, value: Number, factor: Number) -> Any:
+    """Pillow's Image.blend of one byte: towards `low` or away from it, clamped and truncated."""
     mixed = np.float32(low) + np.float32(factor) * (np.float32(value) - np.float32(low))
-    return np.uint8(min(max(mixed, np.float32(0)), np.float32(255)))
+    mixed = mixed if mixed > np.float32(0) else np.float32(0)
+    return np.uint8(mixed if mixed < np.float32(255) else np.float32(255))
 
 
 @njit(cache=True)
 def grey(planes: Bytes) -> None:
-    for i in range(planes.shape[1]):
-        planes[0, i] = planes[1, i] = planes[2, i] = luma(planes[0, i], planes[1, i], planes[2, i])
+    r, g, b = planes
+    for i in range(len(r)):
+        r[i] = g[i] = b[i] = luma(r[i], g[i], b[i])
 
 
 @njit(cache=True)
 def brighten(planes: Bytes, factor: float) -> None:
-    for c in range(3):
-        for i in range(planes.shape[1]):
-            planes[c, i] = blend(0, planes[c, i], factor)
+    for plane in planes:
+        for i in range(len(plane)):
+            plane[i] = blend(0, plane[i], factor)
 
 
 @njit(cache=True)
 def contrast(planes: Bytes, factor: float) -> None:
     """About the image's own grey mean, rounded (ImageEnhance.Contrast)."""
+    r, g, b = planes
     total = 0
-    for i in range(planes.shape[1]):
-        total += luma(planes[0, i], planes[1, i], planes[2, i])
-    mean = int(total / planes.shape[1] + 0.5)
-    for c in range(3):
-        for i in range(planes.shape[1]):
-            planes[c, i] = blend(mean, planes[c, i], factor)
+    for i in range(len(r)):
+        total += luma(r[i], g[i], b[i])
+    mean = int(total / len(r) + 0.5)
+    for plane in planes:
+        for i in range(len(plane)):
+            plane[i] = blend(mean, plane[i], factor)
 
 
 @njit(cache=True)
 def saturate(planes: Bytes, factor: float) -> None:
-    for i in range(planes.shape[1]):
-        value = luma(planes[0, i], planes[1, i], planes[2, i])
-        planes[0, i] = blend(value, planes[0, i], factor)
-        planes[1, i] = blend(value, planes[1, i], factor)
-        planes[2, i] = blend(value, planes[2, i], factor)
+    r, g, b = planes
+    for i in range(len(r)):
+        value = luma(r[i], g[i], b[i])
+        r[i], g[i], b[i] = blend(value, r[i], factor), blend(value, g[i], factor), blend(value, b[i], factor)
 
 
 @njit(cache=True)
 def turn_hue(planes: Bytes, hue: float) -> None:
     """By `hue` of a full turn, in 8-bit HSV (torchvision's adjust_hue on PIL images; Pillow, Convert.c)."""
     shift = np.float32(int(np.float64(hue) * 255) % 256)
-    zero, one, six = np.float32(0), np.float32(1), np.float32(6)
+    zero, half, one, two, six = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2), np.float32(6)
     full = np.float32(255)
-    for i in range(planes.shape[1]):
-        r, g, b = np.float32(planes[0, i]), np.float32(planes[1, i]), np.float32(planes[2, i])
-        top, bottom = max(r, max(g, b)), min(r, min(g, b))
-        chroma = top - bottom
-        safe = max(chroma, one)
+    reds, greens, blues = planes
+    for i in range(len(reds)):
+        r, g, b = np.float32(reds[i]), np.float32(greens[i]), np.float32(blues[i])
+        top = r if r > g else g
+        top = top if top > b else b
+        low = r if r < g else g
+        low = low if low < b else b
+        chroma = top - low
+        safe = chroma if chroma > one else one
         rc, gc, bc = (top - r) / safe, (top - g) / safe, (top - b) / safe
-        h = bc - gc if r == top else (np.float32(2) + rc - bc if g == top else np.float32(4) + gc - rc)
+        h = two + rc - bc if g == top else np.float32(4) + gc - rc
+        h = bc - gc if r == top else h
         h = h / six
         h = h + one if h < zero else h
-        h = np.float32(math.floor(h * full))
-        s = np.float32(math.floor(chroma / max(top, one) * full))
-        h += shift
+        h = np.floor(h * full) + shift
         h = h - np.float32(256) if h > full else h
+        s = np.floor(chroma / (top if top > one else one) * full) / full
+        # Back: each channel is top minus a trapezium of the hue (as colorsys, without its cases).
         sector = h * six / full
-        index = np.float32(math.floor(sector))
-        f = sector - index
-        s = s / full
-        half = np.float32(0.5)
-        p = np.float32(math.floor(top * (one - s) + half))
-        q = np.float32(math.floor(top * (one - s * f) + half))
-        t = np.float32(math.floor(top * (one - s * (one - f)) + half))
-        index = zero if index == six else index
-        two, three, four = np.float32(2), np.float32(3), np.float32(4)
-        red = top if (index == zero or index == np.float32(5)) else (q if index == one else (t if index == four else p))
-        green = top if (index == one or index == two) else (t if index == zero else (q if index == three else p))
-        blue = (
-            top if (index == three or index == four) else (t if index == two else (q if index == np.float32(5) else p))
-        )
-        planes[0, i], planes[1, i], planes[2, i] = np.uint8(red), np.uint8(green), np.uint8(blue)
+        sector = sector - six if sector >= six else sector
+        for channel in range(3):
+            turn = sector + (np.float32(5), np.float32(3), one)[channel]
+            turn = turn - six if turn >= six else turn
+            fall = turn if turn < np.float32(4) - turn else np.float32(4) - turn
+            fall = fall if fall < one else one
+            fall = fall if fall > zero else zero
+            value = np.uint8(np.floor(top * (one - s * fall) + half))
+            if channel == 0:
+                reds[i] = value
+            elif channel == 1:
+                greens[i] = value
+            else:
+                blues[i] = value
 
 
 @njit(cache=True)
-def box_blur(source: Bytes, target: Bytes, total: NDArray[np.uint32], radius: float) -> None:
-    """One pass down the columns of source [rows, columns] with a box of fractional radius, edges repeated (Pillow, BoxBlur.c)."""
-    rows, columns = source.shape
-    whole = int(radius)
-    inner = np.uint32((1 << 24) / (np.float32(radius) * np.float32(2) + np.float32(1)))
-    outer = np.uint32(((1 << 24) - (whole * 2 + 1) * np.int64(inner)) // 2)
-    for y in range(rows):
-        line = source[y]
-        for x in range(columns):
-            total[x] = line[x]
-        for d in range(1, whole + 1):
-            above, below = source[max(y - d, 0)], source[min(y + d, rows - 1)]
-            for x in range(columns):
-                total[x] += np.uint32(above[x]) + np.uint32(below[x])
-        above, below = source[max(y - whole - 1, 0)], source[min(y + whole + 1, rows - 1)]
-        out = target[y]
-        for x in range(columns):
-            far = np.uint32(np.uint32(above[x]) + np.uint32(below[x]))
-            out[x] = np.uint32(np.uint32(total[x] * inner) + np.uint32(far * outer) + np.uint32(1 << 23)) >> 24
+def box_blur(source: Bytes, out: Bytes, step: int, whole: int, inner: np.uint32, outer: np.uint32) -> None:
+    """A box blur along flat memory, neighbours `step` apart: `whole` on either side count in full, the next in part."""
+    n = len(source) - 2 * (whole + 1) * step
+    half = np.uint32(1 << 23)
+    out = out[(whole + 1) * step :]
+    a, b, c, e = source, source[step:], source[2 * step :], source[-n:]
+    if whole == 0:
+        for i in range(n):
+            far = np.uint32(np.uint32(a[i]) + np.uint32(c[i]))
+            out[i] = np.uint32(np.uint32(np.uint32(b[i]) * inner) + np.uint32(far * outer) + half) >> 24
+    elif whole == 1:
+        d = source[3 * step :]
+        for i in range(n):
+            near = np.uint32(np.uint32(b[i]) + np.uint32(c[i]) + np.uint32(d[i]))
+            far = np.uint32(np.uint32(a[i]) + np.uint32(e[i]))
+            out[i] = np.uint32(np.uint32(near * inner) + np.uint32(far * outer) + half) >> 24
+    else:  # a sigma above 2.4, which no recipe has
+        for i in range(n):
+            near = np.uint32(0)
+            for k in range(1, 2 * whole + 2):
+                near = np.uint32(near + np.uint32(source[i + k * step]))
+            far = np.uint32(np.uint32(a[i]) + np.uint32(e[i]))
+            out[i] = np.uint32(np.uint32(near * inner) + np.uint32(far * outer) + half) >> 24
 
 
 @njit(cache=True)
-def blur(planes: Bytes, sigma: float, size: int) -> Bytes:
-    """ImageFilter.GaussianBlur: three box blurs each way (Gwosdek et al. 2011)."""
+def blur(planes: Bytes, sigma: float) -> None:
+    """ImageFilter.GaussianBlur: three fractional box blurs each way (Gwosdek et al. 2011; Pillow, BoxBlur.c)."""
+    size = planes.shape[1]
     variance = np.float32(sigma) * np.float32(sigma) / np.float32(3)
-    length = math.sqrt(12.0 * variance + 1.0)
-    whole = math.floor((length - 1.0) / 2.0)
+    whole = int((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) * (whole + 1)))
-    radius = np.float32(whole + part)
-    total = np.empty(size, np.uint32)
-    one, two = np.empty((size, size), np.uint8), np.empty((size, size), np.uint8)
+    inner = np.uint32((1 << 24) / (np.float32(whole + part) * 2 + 1))
+    outer = np.uint32(((1 << 24) - (whole * 2 + 1) * np.int64(inner)) // 2)
+    # Edges repeat: they are written into a margin after every pass.
+    reach = whole + 1
+    end = reach + size
+    a = np.zeros((size + 2 * reach, size + 2 * reach), np.uint8)
+    b = np.zeros_like(a)
     for c in range(3):
-        plane = planes[c].reshape(size, size)
-        one[:] = plane.T
-        box_blur(one, two, total, radius)
-        box_blur(two, one, total, radius)
-        box_blur(one, two, total, radius)
-        plane[:] = two.T
-        box_blur(plane, two, total, radius)
-        box_blur(two, one, total, radius)
-        box_blur(one, plane, total, radius)
-    return planes
+        for y in range(size):
+            copy(planes[c, y], a[reach + y, reach:])
+        for _ in range(3):
+            for y in range(reach, end):
+                for i in range(reach):
+                    a[y, i], a[y, end + i] = a[y, reach], a[y, end - 1]
+            box_blur(a.reshape(-1), b.reshape(-1), 1, whole, inner, outer)
+            a, b = b, a
+        for _ in range(3):
+            for y in range(reach):
+                copy(a[reach], a[y])
+                copy(a[end - 1], a[end + y])
+            box_blur(a.reshape(-1), b.reshape(-1), len(a), whole, inner, outer)
+            a, b = b, a
+        for y in range(size):
+            copy(a[reach + y, reach:end], planes[c, y])
+
+
+@njit(cache=True)
+def normalise(out: Floats, planes: Bytes, flip: bool, norm: Floats) -> None:
+    """planes uint8 [3, S, S], mirrored or not, to out float32 [S, S, 3]: (pixel / 255 - mean) / std."""
+    size = len(out)
+    step = -1 if flip else 1
+    scale, base = np.float32(1) / (np.float32(255) * norm[1]), norm[0] / norm[1]
+    scale_r, scale_g, scale_b = scale
+    base_r, base_g, base_b = base
+    for y in range(size):
+        line, r, g, b = out[y], planes[0, y][::step], planes[1, y][::step], planes[2, y][::step]
+        for x in range(size):
+            line[x, 0] = np.float32(r[x]) * scale_r - base_r
+            line[x, 1] = np.float32(g[x]) * scale_g - base_g
+            line[x, 2] = np.float32(b[x]) * scale_b - base_b
 
 
 @njit(cache=True, nogil=True)
-def render(
-    out: Floats, image: Bytes, row: Floats, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> None:
-    """Writes the view `row` (views.COLUMNS) of image uint8 [H, W, 3] to out float32 [S, S, 3], normalised."""
+def render(out: Floats, image: Bytes, row: Floats, norm: Floats) -> None:
+    """The view `row` (views.COLUMNS) of image uint8 [H, W, 3] to out float32 [S, S, 3]; norm: mean and std [2, 3]."""
     size = out.shape[0]
     planes = resize(image, row, size).reshape(3, size * size)
-    if row[GREY_BEFORE] > 0:
+    if row[views.GREY_BEFORE] > 0:
         grey(planes)
-    if row[ORDER] >= 0:
-        for op in ORDER_TABLE[int(row[ORDER])]:
+    if row[views.ORDER] >= 0:
+        for op in ORDERS[int(row[views.ORDER])]:
             if op == 0:
-                brighten(planes, row[BRIGHTNESS])
+                brighten(planes, row[views.BRIGHTNESS])
             elif op == 1:
-                contrast(planes, row[CONTRAST])
+                contrast(planes, row[views.CONTRAST])
             elif op == 2:
-                saturate(planes, row[SATURATION])
+                saturate(planes, row[views.SATURATION])
             else:
-                turn_hue(planes, row[HUE])
-    if row[GREY_AFTER] > 0:
+                turn_hue(planes, row[views.HUE])
+    if row[views.GREY_AFTER] > 0:
         grey(planes)
-    if row[BLUR] > 0:
-        blur(planes, row[BLUR], size)
-    scale_r, scale_g, scale_b = (
-        np.float32(1 / (255 * std[0])), np.float32(1 / (255 * std[1])), np.float32(1 / (255 * std[2])),
-    )  # fmt: skip
-    base_r, base_g, base_b = np.float32(mean[0] / std[0]), np.float32(mean[1] / std[1]), np.float32(mean[2] / std[2])
-    for y in range(size):
-        line = out[y]
-        red, green, blue = planes[0, y * size :], planes[1, y * size :], planes[2, y * size :]
-        if row[FLIP] > 0:
-            for x in range(size):
-                line[x, 0] = np.float32(red[size - 1 - x]) * scale_r - base_r
-                line[x, 1] = np.float32(green[size - 1 - x]) * scale_g - base_g
-                line[x, 2] = np.float32(blue[size - 1 - x]) * scale_b - base_b
-        else:
-            for x in range(size):
-                line[x, 0] = np.float32(red[x]) * scale_r - base_r
-                line[x, 1] = np.float32(green[x]) * scale_g - base_g
-                line[x, 2] = np.float32(blue[x]) * scale_b - base_b
+    if row[views.BLUR] > 0:
+        blur(planes.reshape(3, size, size), row[views.BLUR])
+    normalise(out, planes.reshape(3, size, size), row[views.FLIP] > 0, norm)
+
+
+# What DALI's numba operator calls, once per sample, in its own threads: addresses of arrays of the outputs' and inputs'
+# data, shapes and numbers of dimensions, and their count. DALI's Python side would make such a function of `render`
+# too, but compile it anew in every process and for every view, 8 s each; this one comes from numba's cache on disk.
+@cfunc(types.void(*3 * [types.uint64], types.int32, *3 * [types.uint64], types.int32), nopython=True, cache=True)
+def render_sample(outs, out_shapes, out_ndims, num_outs, ins, in_shapes, in_ndims, num_ins):  # type: ignore[no-untyped-def]
+    out_data = carray(address_as_void_pointer(outs), 1, np.int64)
+    in_data = carray(address_as_void_pointer(ins), 3, np.int64)
+    out_shape_addresses = carray(address_as_void_pointer(out_shapes), 1, np.int64)
+    in_shape_addresses = carray(address_as_void_pointer(in_shapes), 3, np.int64)
+    out_shape = carray(address_as_void_pointer(out_shape_addresses[0]), 3, np.int64)
+    in_shape = carray(address_as_void_pointer(in_shape_addresses[0]), 3, np.int64)
+    out = carray(address_as_void_pointer(out_data[0]), (out_shape[0], out_shape[1], 3), np.float32)
+    image = carray(address_as_void_pointer(in_data[0]), (in_shape[0], in_shape[1], 3), np.uint8)
+    row = carray(address_as_void_pointer(in_data[1]), len(views.COLUMNS), np.float32)
+    norm = carray(address_as_void_pointer(in_data[2]), (2, 3), np.float32)
+    render(out, image, row, norm)

@@ -1,8 +1,8 @@
 """The parameters of every view: pure arithmetic from (seed, epoch, sample id, view), no pixels.
 
-A view is one float32 row of `COLUMNS`; graph.py turns an image and a row into pixels. The generator is counter-based (SplitMix64's
-finaliser over the key and a field number), so a row does not depend on the rank, the batch, or what was drawn before.
-Recipes: He et al. 2020 (v1), Chen et al. 2020 (v2) and the reference CIFAR-10 demo, each as its published code draws them.
+A view is one float32 row of `COLUMNS`; graph.py turns an image and a row into pixels. The generator is counter-based
+(SplitMix64's finaliser over key and field number): a row does not depend on the rank, the batch, or earlier draws.
+Recipes: He et al. 2020 (v1), Chen et al. 2020 (v2) and the reference CIFAR-10 demo, as their published code draws.
 """
 
 import itertools
@@ -56,7 +56,8 @@ def sample_views(
 ) -> Views:
     """Parameters of view number `view` of n samples: float32 [n, len(COLUMNS)].
 
-    heights and widths are those of the images in pixels, after EXIF orientation; crop_min is the smallest share of the image's area.
+    heights and widths are those of the images in pixels, after EXIF orientation; crop_min is the smallest share of the
+    image's area that a crop takes.
     """
     if recipe not in RECIPES:
         raise ValueError(f"no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
@@ -90,7 +91,10 @@ def sample_crops(
 
 
 def center_crops(heights: Ints, widths: Ints, image_size: int, resize: int) -> Views:
-    """The short side resized to `resize`, then the central square of `image_size`, rounded as torchvision rounds: float32 [n, P]."""
+    """The short side resized to `resize`, then the central square of `image_size`, rounded as torchvision: [n, P].
+
+    Raises ValueError when `resize` is below `image_size`.
+    """
     if resize < image_size:
         raise ValueError(f"resize {resize} is below image_size {image_size}: the crop would leave the image")
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
@@ -134,7 +138,7 @@ def _uniforms(seed: int, epochs: Ints, sample_ids: Ints, view: int, fields: int 
     for part in (np.asarray(epochs), np.asarray(sample_ids), np.full(len(sample_ids), view)):
         key = _mix(key * golden + part.astype(np.int64).view(np.uint64) + golden)
     bits = _mix(key[:, None] + np.arange(1, fields + 1, dtype=np.uint64) * golden)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return np.multiply(bits >> np.uint64(11), 2.0**-53, dtype=np.float64)
 
 
 def _plain_rows(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Views:
