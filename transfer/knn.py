@@ -1,0 +1,382 @@
+"""Judges an encoder by weighted k-nearest-neighbour classification: no training, no hyper-parameters to search.
+
+    python -m transfer.knn --run runs/photos --train shards/in1m/train --val shards/in1m/val
+
+1. Every image, resized and centre-cropped, goes through the query encoder in eval mode once; features are normalised.
+2. Each test feature finds its k most similar training features, chunk by chunk: 1.28M x 50k needs hardly more memory
+   than the features themselves.
+3. They vote for their class with weight exp(similarity / temperature) (Wu et al. 2018, section 3.4; k 200 and
+   temperature 0.1 as in the reference's CIFAR-10 demo).
+
+Under torchrun or `accelerate launch` the ranks share all three: each keeps its own part of the training features, finds
+the nearest among them, and the ranks' candidates are merged.
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.loader import eval_batches
+from pipeline.manifest import Source, open_source
+from transfer.load import MeanStd, default_resize, load_encoder
+from transfer.ranks import joined
+
+TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
+TEST_CHUNK = 1_024
+PIXELS_SIDE = 32  # raw pixels of larger images are averaged down to this, else 1.28M of them would be 770 GB
+
+
+def extract(
+    embed: Callable[[Tensor], Tensor],
+    source: Source,
+    *,
+    image_size: int,
+    mean_std: MeanStd,
+    resize: int | None = None,
+    batch_size: int = 256,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    num_threads: int | None = None,
+    limit: int | None = None,
+    progress: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's part of `source` as L2-normalised features fp32 [n, D], labels int64 [n] and sample ids int64 [n],
+    on the CPU.
+
+    A label is -1 where there is none. embed: images fp32 [b, 3, S, S] on `device` -> [b, D]. limit: only the first so
+    many.
+    progress: what rank 0's progress bar is called; empty for none.
+    """
+    batches = eval_batches(
+        source,
+        transform="center",
+        image_size=image_size,
+        resize=default_resize(image_size) if resize is None else resize,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        device=str(device),
+        dtype=torch.float32,
+        num_threads=num_threads,
+        mean_std=mean_std,
+    )
+    capacity = -(-source.samples // world_size)  # filled in place: a list and torch.cat would need the memory twice
+    capacity = capacity if limit is None else min(capacity, limit)
+    features: Tensor | None = None
+    labels = torch.empty(capacity, dtype=torch.int64)
+    sample_ids = torch.empty(capacity, dtype=torch.int64)
+    n = 0
+    with torch.no_grad(), _progress(progress if rank == 0 else "", capacity) as advance:
+        for batch in batches:
+            y = F.normalize(embed(batch.images).float(), dim=1)[: capacity - n]  # [b, D]
+            if features is None:
+                features = torch.empty(capacity, y.shape[1])
+            m = n + len(y)
+            features[n:m], labels[n:m], sample_ids[n:m] = y.cpu(), batch.labels[: len(y)], batch.sample_ids[: len(y)]
+            n = m
+            advance(len(y))
+            if n == capacity and limit is not None:
+                break
+    if features is None:
+        raise ValueError(f"rank {rank} of {world_size} got no image of {source.samples}; use fewer ranks")
+    return features[:n], labels[:n], sample_ids[:n]
+
+
+@contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, a line every ten seconds elsewhere, nothing without a label."""
+    if not label or sys.stderr.isatty():
+        with tqdm(total=total, desc=label, unit="img", disable=not label) as bar:
+            yield lambda n: bar.update(n)
+        return
+    done, printed = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, printed
+        done += n
+        if time.monotonic() - printed > 10:
+            printed = time.monotonic()
+            print(f"{label}: {done}/{total} images", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def nearest(train: Tensor, test: Tensor, k: int, *, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """The k largest inner products of each row of test [M, D] with the rows of train [N, D]: (similarities fp32,
+    indices int64), both [M, k], descending.
+
+    Training chunks in the outer loop: a set larger than the GPU's memory crosses the bus once. Missing ones (k > N)
+    are -inf, index 0.
+    """
+    similarities = torch.full((len(test), k), -torch.inf)
+    indices = torch.zeros((len(test), k), dtype=torch.int64)
+    for i in range(0, len(train), TRAIN_CHUNK):
+        part = train[i : i + TRAIN_CHUNK].to(device).T  # [D, n]
+        for j in range(0, len(test), TEST_CHUNK):
+            rows = slice(j, j + TEST_CHUNK)
+            with torch.autocast(part.device.type, enabled=False):  # the monitor may run inside train.py's
+                products = test[rows].to(device) @ part
+            top, where = products.topk(min(k, part.shape[1]), dim=1)
+            candidates = torch.cat([similarities[rows].to(device), top], dim=1)
+            positions = torch.cat([indices[rows].to(device), where + i], dim=1)
+            best, order = candidates.topk(k, dim=1)
+            similarities[rows] = best.cpu()
+            indices[rows] = positions.gather(1, order).cpu()
+    return similarities, indices
+
+
+def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """Predicted class int64 [M] from neighbours' similarities and labels [M, k]: each votes with exp(similarity /
+    temperature)."""
+    # Relative to the nearest one, which changes no comparison and cannot overflow at low temperatures.
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    scores = torch.zeros(len(labels), classes, dtype=weights.dtype).scatter_add_(1, labels, weights)
+    return scores.argmax(dim=1)
+
+
+def classify(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    k: int = 200,
+    temperature: float = 0.1,
+    *,
+    classes: int,
+    device: str | torch.device = "cpu",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Predicted class int64 [M] for test_features [M, D] by weighted kNN among train_features [N, D] with
+    train_labels int64 [N].
+
+    With a process group, the training arguments are this rank's part and the test features all of them; every rank
+    gets all predictions.
+    k is not to exceed the number of training features over all ranks.
+    """
+    similarities, indices = nearest(train_features, test_features, k, device=device)
+    labels = train_labels[indices]
+    if group is None or group.size() == 1:
+        return vote(similarities, labels, classes, temperature)
+    predictions = []
+    for j in range(0, len(test_features), TEST_CHUNK):  # in slices: all candidates of 64 ranks at once would be 8 GB
+        rows = slice(j, j + TEST_CHUNK)
+        candidates = torch.cat(_all_gather(similarities[rows], device, group), dim=1)  # [m, W*k]
+        theirs = torch.cat(_all_gather(labels[rows], device, group), dim=1)
+        best, order = candidates.topk(k, dim=1)
+        predictions.append(vote(best, theirs.gather(1, order), classes, temperature))
+    return torch.cat(predictions)
+
+
+def _all_gather(x: Tensor, device: str | torch.device, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's x, of any number of rows each, on the CPU; through `device`, where the group's back-end works."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=device), group=group)
+    lengths = [int(c) for c in counts]
+    padded = torch.zeros((max(lengths), *x.shape[1:]), dtype=x.dtype, device=device)
+    padded[: len(x)] = x.to(device)
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:n].cpu() for part, n in zip(parts, lengths)]
+
+
+def evaluate(
+    embed: Callable[[Tensor], Tensor],
+    train: Source,
+    val: Source,
+    *,
+    image_size: int,
+    mean_std: MeanStd,
+    resize: int | None = None,
+    batch_size: int = 256,
+    k: int = 200,
+    temperature: float = 0.1,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Weighted-kNN accuracy of `embed` on val with train as memory: {"knn", "k", "train", "val", "classes"}; all
+    ranks call it, all get the same.
+
+    Raises ValueError when a source has no labels, or when the two name their classes differently.
+    """
+    if train.classes and val.classes and tuple(train.classes) != tuple(val.classes):
+        raise ValueError(
+            f"the two sources do not have the same classes: {len(train.classes)} ({', '.join(train.classes[:3])}, ...) "
+            f"and {len(val.classes)} ({', '.join(val.classes[:3])}, ...); make both from folders of the same names"
+        )
+
+    def part(source: Source, what: str) -> tuple[Tensor, Tensor]:
+        features, labels, _ = extract(
+            embed,
+            source,
+            image_size=image_size,
+            mean_std=mean_std,
+            resize=resize,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            num_threads=num_threads,
+            progress=what if progress else "",
+        )
+        return features, labels
+
+    train_features, train_labels = part(train, "train features")
+    test_features, test_labels = part(val, "val features")
+    group = dist.group.WORLD if world_size > 1 else None
+    total = len(train_labels)
+    largest = int(max(train_labels.max(), test_labels.max()))
+    missing = [int((train_labels < 0).sum()), int((test_labels < 0).sum())]
+    if group is not None:
+        facts = _all_gather(torch.tensor([[total, largest, *missing]]), device, group)
+        together = torch.cat(facts)
+        total, largest = int(together[:, 0].sum()), int(together[:, 1].max())
+        missing = [
+            int(n) for n in together[:, 2:].sum(0)
+        ]  # checked after the gather: every rank has to raise, or the others hang
+    for name, source, n in (("train", train, missing[0]), ("val", val, missing[1])):
+        if n:
+            raise ValueError(
+                f"{n} of {source.samples} images of the {name} source have no label, kNN needs one for each; "
+                "make the shards from class folders, or name a labelled source"
+            )
+    if group is not None:
+        test_features = torch.cat(_all_gather(test_features, device, group))
+        test_labels = torch.cat(_all_gather(test_labels, device, group))
+    if k > total and progress and rank == 0:
+        print(f"k {k} is more than the {total} training images: using k {total}", file=sys.stderr)
+    k = min(k, total)
+    predictions = classify(
+        train_features, train_labels, test_features, k, temperature, classes=largest + 1, device=device, group=group
+    )
+    accuracy = float((predictions == test_labels).double().mean())
+    return {"knn": accuracy, "k": k, "train": total, "val": len(test_labels), "classes": largest + 1}
+
+
+@contextmanager
+def undisturbed(encoder: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module's training flag and every random generator are exactly as they were."""
+    training = [(module, module.training) for module in encoder.modules()]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is what must not move
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        encoder.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+def monitor(
+    encoder: nn.Module,
+    train: Source,
+    val: Source,
+    *,
+    features: Literal["backbone", "head"] = "backbone",
+    **settings: Any,
+) -> float:
+    """kNN accuracy in the middle of training, which it leaves as it found it. `settings` are those of `evaluate`."""
+    with undisturbed(encoder):
+        embed = encoder if features == "head" else encoder.get_submodule("backbone")
+        return float(evaluate(embed, train, val, **settings)["knn"])
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """Raw pixels as features [b, 3*s*s], s at most 32: what kNN does without any encoder."""
+    side = min(PIXELS_SIDE, images.shape[-1])
+    return F.adaptive_avg_pool2d(images, side).flatten(1)
+
+
+def parse() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.knn",
+        description="Weighted kNN accuracy of an encoder; the last line is one JSON object.",
+    )
+    add = parser.add_argument
+    add("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
+    add("--train", type=str, required=True, help="labelled source whose features vote (folder of shards, URL, card)")
+    add("--val", type=str, required=True, help="labelled source to classify")
+    add(
+        "--features",
+        type=Literal["backbone", "head"],
+        default="backbone",
+        help="the backbone's pooled output, or the head's",
+    )
+    add("--k", type=PositiveInt, default=200, help="neighbours; at most the number of training images")
+    add("--temperature", type=PositiveFloat, default=0.1, help="votes weigh exp(similarity / temperature)")
+    add("--image_size", type=PositiveInt | None, help="side of the centre crop; the recipe's when left out")
+    add(
+        "--resize",
+        type=PositiveInt | None,
+        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
+    )
+    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
+    add(
+        "--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; similarities are always fp32"
+    )
+    add("--num_threads", type=PositiveInt | None, help="decoding threads; all cores when left out")
+    add("--untrained", action="store_true", help="judge the same encoder as it was initialised")
+    add("--pixels", action="store_true", help="judge raw pixels (averaged down to 32x32 when larger)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    started = time.monotonic()
+    loaded = load_encoder(args.run, untrained=args.untrained or args.pixels)
+    with joined() as (rank, world_size, device):
+        encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last)
+        module = encoder if args.features == "head" else encoder.backbone
+
+        def embed(images: Tensor) -> Tensor:
+            if args.pixels:
+                return raw_pixels(images)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                return module(images)
+
+        result = evaluate(
+            embed,
+            open_source(args.train),
+            open_source(args.val),
+            image_size=args.image_size or loaded.image_size,
+            mean_std=loaded.mean_std,
+            resize=args.resize,
+            batch_size=args.batch_size,
+            k=args.k,
+            temperature=args.temperature,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            num_threads=args.num_threads,
+            progress=True,
+        )
+    if rank == 0:
+        judged = "pixels" if args.pixels else f"untrained {args.features}" if args.untrained else args.features
+        about = {"features": judged, "temperature": args.temperature, "run": loaded.name, "step": loaded.step}
+        print(json.dumps(result | about | {"seconds": round(time.monotonic() - started, 1)}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
