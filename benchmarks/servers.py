@@ -3,11 +3,9 @@
     python benchmarks/servers.py http FOLDER PORT --latency 0.02 --busy_every 7 --reset_every 11 --short_every 13
     python benchmarks/servers.py s3 FOLDER PORT ...    # moto, FOLDER's files as s3://data/...
 
-Both answer each request after `latency` seconds; each n-th GET of an object is answered with 503, or cut off in the
-middle
-by a reset connection, or (http) with fewer bytes than asked for and a true Content-Length. `GET /__counts__` tells what
-was
-asked for, and how often it went wrong.
+Both answer each request after `latency` seconds. Each n-th GET of an object is answered with 503, or cut off in the
+middle by a reset connection, or (http) with fewer bytes than asked for and a true Content-Length. `GET /__counts__`
+tells what was asked for, and how often it went wrong.
 """
 
 import argparse

@@ -33,6 +33,10 @@ BLOCK = 512
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
+class NoImages(ValueError):
+    """A whole tar, but with nothing in it to learn from."""
+
+
 class Component(NamedTuple):
     """One member of a sample: its extension without the dot, where its data lies in the tar (bytes), its full name."""
 
@@ -89,7 +93,7 @@ def index_tar(tar: str | Path | np.ndarray) -> list[list[Component]]:
             what += (
                 f", and {links} members are links without data: write it with `tar --dereference --hard-dereference`"
             )
-        raise ValueError(f"no images in {label}: {what}; images are {' '.join(IMAGE_EXTENSIONS)}")
+        raise NoImages(f"no images in {label}: {what}; images are {' '.join(IMAGE_EXTENSIONS)}")
     return with_image
 
 

@@ -324,8 +324,9 @@ def _no_shards(folder: str, storage: Storage) -> str:
         return (
             f"{folder} holds no shards itself, but {', '.join(within[:4])} do: name one, or list several in a YAML card"
         )
-    make = f"make them from images with `python pipeline/make_shards.py IMAGES {'FOLDER' if is_remote(folder) else folder}`"
-    return f"{folder} holds no shards (no {NAME}, no .tar): {make}{' and upload them' if is_remote(folder) else ''}"
+    where, then = ("FOLDER", " and upload them") if is_remote(folder) else (folder, "")
+    make = f"make them from images with `python pipeline/make_shards.py IMAGES {where}`{then}"
+    return f"{folder} holds no shards (no {NAME}, no .tar): {make}"
 
 
 def _open_tars(data: str, storage: Storage, workers: int, progress: bool) -> Manifest:
@@ -361,7 +362,8 @@ def _build(
             empty = [name for name, s in zip(names, scanned) if not s.samples]
             shards = [Shard(n, s.samples, s.bytes, s.checksum) for n, s in zip(names, scanned) if s.samples]
             if not shards:
-                raise ValueError(f"no images in any of the {len(empty)} tars in {root}")
+                others = f" (and none in the {len(empty) - 1} others in {root})" if len(empty) > 1 else ""
+                raise ValueError(scanned[0].problem + others)
             if empty:
                 print(
                     f"warning: {len(empty)} tars in {root} without images are left out, one is {empty[0]}",

@@ -17,7 +17,7 @@ import xxhash
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.index import Component, format_index, image_rank, index_tar, read_index, write_atomically
+from pipeline.index import Component, NoImages, format_index, image_rank, index_tar, read_index, write_atomically
 from pipeline.storage import Storage, is_remote, local_path
 
 T = TypeVar("T")
@@ -32,7 +32,8 @@ class Scanned(NamedTuple):
     samples: int
     bytes: int
     checksum: str  # "" when the tar was not read as a whole
-    images_beyond: int  # further images of a key, beyond the one that is used
+    images_beyond: int = 0  # further images of a key, beyond the one that is used
+    problem: str = ""  # why there are no samples
     index_differs: bool = False  # another .idx is there already: it was left alone, and none was written
 
 
@@ -57,7 +58,10 @@ def index_shards(
 def _index_local(job: tuple[str, Path]) -> Scanned:
     tar, index = job
     path = local_path(tar)
-    samples = index_tar(path)
+    try:
+        samples = index_tar(path)
+    except NoImages as error:
+        return Scanned(0, path.stat().st_size, "", problem=str(error))
     return _write(samples, index, path.stat().st_size, "")
 
 
@@ -66,6 +70,8 @@ def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
     data = storage.open(tar)
     try:
         samples = index_tar(data)
+    except NoImages as error:
+        return Scanned(0, len(data), "", problem=str(error).replace("the tar", tar, 1))
     except ValueError as error:
         raise ValueError(str(error).replace("the tar", tar, 1)) from None
     scanned = _write(samples, index, len(data), checksum_of(data))
@@ -79,7 +85,7 @@ def _write(samples: list[list[Component]], index: Path, size: int, checksum: str
     if not differs:
         write_atomically(index, content)
     beyond = sum(sum(image_rank(c.extension) >= 0 for c in sample) - 1 for sample in samples)
-    return Scanned(len(samples), size, checksum, beyond, differs)
+    return Scanned(len(samples), size, checksum, beyond, index_differs=differs)
 
 
 def checksum_of(data: np.ndarray) -> str:
