@@ -25,7 +25,7 @@ WEIGHT_BITS = 22  # Pillow's fixed point
 
 @njit(cache=True)
 def triangle_weights(size: int, grid: int, start: int, count: int) -> tuple[NDArray[np.int64], Int32s]:
-    """Antialiased bilinear weights of `size` pixels for the outputs [start, start + count) of `grid` (Pillow, Resample.c).
+    """Antialiased bilinear weights of `size` pixels for outputs [start, start + count) of `grid` (Pillow: Resample.c).
 
     Returns the first pixel int64 [count] and the weights int32 [count, taps], of equal length, the unused ones 0.
     """
@@ -292,7 +292,7 @@ def blur(planes: Bytes, sigma: float) -> None:
     variance = np.float32(sigma) * np.float32(sigma) / np.float32(3)
     whole = int((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) * (whole + 1)))
-    inner = np.uint32((1 << 24) / (np.float32(whole + part) * 2 + 1))
+    inner = np.uint32(np.float32(1 << 24) / (np.float32(whole + part) * np.float32(2) + np.float32(1)))
     outer = np.uint32(((1 << 24) - (whole * 2 + 1) * np.int64(inner)) // 2)
     # Edges repeat: they are written into a margin after every pass.
     reach = whole + 1
