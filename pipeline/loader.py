@@ -123,7 +123,12 @@ class Loader:
 
     def _prefetch_shards(self, epoch: int, step: int) -> None:
         ahead = self.order.upcoming_shards(epoch, step, self.rank, self.world_size, SHARDS_AHEAD)
-        self._storage.prefetch([self.source.manifests[m].shard_url(shard) for m, shard in ahead])
+        wanted: list[str | tuple[str, int, str]] = []
+        for m, shard in ahead:
+            manifest = self.source.manifests[m]
+            entry = manifest.shards[shard]
+            wanted += [manifest.index_url(shard), (manifest.shard_url(shard), entry.bytes, entry.checksum)]
+        self._storage.prefetch(wanted)
 
     def _with_views(self, samples: Samples) -> Item:
         started = time.perf_counter()

@@ -1,7 +1,8 @@
 """From (shard, row) to screened encoded bytes: the read stage.
 
 1. Where an image lies comes from its shard's index, parsed once and kept in a cache that is bounded in bytes.
-2. Its bytes are read with one `pread`: a slow disk holds no other thread up, a file cut short is an error, not SIGBUS.
+2. Its bytes are read with one `pread`, several at a time in case the disk is slow, and with the tar header before
+   them, which tells whether index and shard still belong together.
 3. `pipeline.screen` tells from the bytes how large the image is, or why it is bad.
 4. A bad sample is replaced by the next good row of its shard and written down once in `quarantine.jsonl`.
 """
@@ -26,8 +27,23 @@ from pipeline.screen import MAX_PIXELS, BadImage, as_ppm, decode, inspect
 from pipeline.storage import Storage
 
 INDEX_CACHE_BYTES = 128 << 20
+HEADER = 512  # bytes of a tar header; it ends where the data of its member begins
+# An image takes 0.04 ms from the page cache, and threads would make that more. Where most take longer than this they
+# wait for a disk or a network, and threads do so side by side; now and then a batch is read singly, to see.
+SLOW_SECONDS = 0.0003
+SLOW_THREADS = 16
+RETRY_BATCHES = 64
 # Below so many samples a share of bad ones says nothing about the source, unless the source itself is smaller.
 FEWEST_TO_JUDGE = 10_000
+
+
+class Place(NamedTuple):
+    """Where the images of one shard lie, and what its manifest says of it."""
+
+    url: str
+    bytes: int
+    checksum: str
+    entries: Index
 
 
 class Samples(NamedTuple):
@@ -61,13 +77,16 @@ class Reader:
         self._lock = threading.Lock()
         self.seconds = {"read": 0.0, "screen": 0.0}
         self.drawn = self.bad = 0
-        self._indexes: OrderedDict[tuple[int, int], Index] = OrderedDict()
+        self._places: OrderedDict[tuple[int, int], Place] = OrderedDict()
         self._index_bytes = 0
+        self._slow, self._batches = False, 0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pillow")
+        self._readers = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="read")
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._indexes.clear()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._places.clear()
 
     def read(self, draw: Draw, *, replace: bool = True) -> Samples:
         """The samples of `draw`, each bad one replaced, or left out with `replace=False`.
@@ -76,7 +95,8 @@ class Reader:
         """
         with self._lock:
             started = time.perf_counter()
-            encoded = [self.fetch(*place) for place in zip(*_places(draw))]
+            places = [self._place(m, shard) for m, shard in zip(draw.manifest.tolist(), draw.shard.tolist())]
+            encoded = self._fetch_all(places, draw.row.tolist())
             fetched = time.perf_counter()
             self.drawn += len(encoded)
             samples = self._screen_all(draw, encoded, replace)
@@ -129,37 +149,45 @@ class Reader:
             encoded, heights, widths = [encoded[i] for i in good], heights[good], widths[good]
         return Samples(draw, encoded, heights, widths)
 
-    def fetch(self, m: int, shard: int, row: int) -> np.ndarray:
-        """Encoded bytes of one image, uint8 [n]."""
-        index = self._index(m, shard)
-        manifest = self.source.manifests[m]
-        entry = manifest.shards[shard]
-        return self.storage.read(
-            manifest.shard_url(shard),
-            int(index.offsets[row]),
-            int(index.sizes[row]),
-            bytes=entry.bytes,
-            checksum=entry.checksum,
+    def _fetch_all(self, places: list[Place], rows: list[int]) -> list[np.ndarray]:
+        self._batches += 1
+        if self._slow and self._batches % RETRY_BATCHES:
+            return list(self._readers.map(self._fetch, places, rows))
+        encoded, ends = [], [time.perf_counter()]
+        for place, row in zip(places, rows):
+            encoded.append(self._fetch(place, row))
+            ends.append(time.perf_counter())
+        # The median: a thread that had to wait for a core delays a few images, a slow disk most of them.
+        self._slow = len(encoded) > 0 and bool(np.median(np.diff(ends)) > SLOW_SECONDS)
+        return encoded
+
+    def _fetch(self, place: Place, row: int) -> np.ndarray:
+        """Encoded bytes of one image, uint8 [n]. ValueError when the shard has no such member there."""
+        offset, size = int(place.entries.offsets[row]), int(place.entries.sizes[row])
+        data = self.storage.read(place.url, offset - HEADER, size + HEADER, bytes=place.bytes, checksum=place.checksum)
+        field = data[124:136].tobytes().split(b"\0", 1)[0]
+        try:
+            if int(field, 8) == size:
+                return data[HEADER:]
+        except ValueError:
+            pass
+        raise ValueError(
+            f"{place.url} has no member of {size:,} bytes at {offset:,}, where its index has row {row}: the shard was "
+            "replaced; put the old one back, or delete its manifest.json and .idx to have them rebuilt for a new run"
         )
 
     def label(self, m: int, shard: int, row: int) -> int:
         """The number in the sample's `.cls` member, -1 where there is none."""
-        index = self._index(m, shard)
-        if index.label_offsets[row] < 0:
+        with self._lock:
+            place = self._place(m, shard)
+        if place.entries.label_offsets[row] < 0:
             return -1
-        manifest = self.source.manifests[m]
-        entry = manifest.shards[shard]
-        text = self.storage.read(
-            manifest.shard_url(shard),
-            int(index.label_offsets[row]),
-            int(index.label_sizes[row]),
-            bytes=entry.bytes,
-            checksum=entry.checksum,
-        )
+        offset, size = int(place.entries.label_offsets[row]), int(place.entries.label_sizes[row])
+        text = self.storage.read(place.url, offset, size, bytes=place.bytes, checksum=place.checksum).tobytes()
         try:
-            return int(bytes(text))
+            return int(text)
         except ValueError:
-            raise ValueError(f"{entry.path}: the label of row {row} is {bytes(text[:20])!r}, not a number") from None
+            raise ValueError(f"{place.url}: the label of row {row} is {text[:20]!r}, not a number") from None
 
     def sample_id(self, m: int, shard: int, row: int) -> int:
         return int(self.source.id_offsets[m] + self.source.manifests[m].offsets[shard]) + row
@@ -200,7 +228,7 @@ class Reader:
                 sample_id = self.sample_id(m, other, r)
                 if sample_id in self.quarantine.reasons:
                     continue
-                result = self._screened(self.fetch(m, other, r))
+                result = self._screened(self._fetch(self._place(m, other), r))
                 if isinstance(result, str):
                     self.reject(m, other, r, result)
                 else:
@@ -230,20 +258,24 @@ class Reader:
         except BadImage as error:
             return str(error)
 
-    def _index(self, m: int, shard: int) -> Index:
-        index = self._indexes.get((m, shard))
-        if index is not None:
-            self._indexes.move_to_end((m, shard))
-            return index
+    def _place(self, m: int, shard: int) -> Place:
+        place = self._places.get((m, shard))
+        if place is not None:
+            self._places.move_to_end((m, shard))
+            return place
         manifest = self.source.manifests[m]
-        entry = manifest.shards[shard]
-        url = manifest.index_url(shard)
-        index = read_index(self.storage.read_bytes(url), samples=entry.samples, size=entry.bytes, label=url)
-        self._indexes[m, shard] = index
+        entry, url = manifest.shards[shard], manifest.index_url(shard)
+        try:
+            content = self.storage.read_bytes(url)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no index {url}: open the data again to have it rebuilt") from None
+        index = read_index(content, samples=entry.samples, size=entry.bytes, label=url)
+        place = Place(manifest.shard_url(shard), entry.bytes, entry.checksum, index)
+        self._places[m, shard] = place
         self._index_bytes += 32 * len(index)
-        while self._index_bytes > INDEX_CACHE_BYTES and len(self._indexes) > 1:
-            self._index_bytes -= 32 * len(self._indexes.popitem(last=False)[1])
-        return index
+        while self._index_bytes > INDEX_CACHE_BYTES and len(self._places) > 1:
+            self._index_bytes -= 32 * len(self._places.popitem(last=False)[1].entries)
+        return place
 
 
 def draw_of_ids(source: Source, ids: Ints, epoch: int = 0) -> Draw:
@@ -257,10 +289,6 @@ def draw_of_ids(source: Source, ids: Ints, epoch: int = 0) -> Draw:
         shard[mine] = np.searchsorted(offsets, local, side="right") - 1
         row[mine] = local - offsets[shard[mine]]
     return Draw(m, shard, row, ids, np.full(len(ids), epoch, np.int64))
-
-
-def _places(draw: Draw) -> tuple[list[int], list[int], list[int]]:
-    return draw.manifest.tolist(), draw.shard.tolist(), draw.row.tolist()
 
 
 class Quarantine:

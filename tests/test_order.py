@@ -1,4 +1,4 @@
-"""The order's contract: coverage, elasticity, random access, lanes, chunks, mixtures, and its cost at a billion samples."""
+"""The order: coverage, elasticity, random access, lanes, chunks, mixtures, and what it costs at a billion samples."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ def test_each_sample_at_most_once_and_less_than_a_batch_left_out(order: Order) -
         ids = epoch_ids(order, epoch)
         assert ids.shape == (samples // order.batch_size, order.batch_size)
         assert len(np.unique(ids)) == ids.size
-        assert 0 <= ids.min() and ids.max() < samples
+        assert ids.min() >= 0 and ids.max() < samples
 
 
 @given(order=orders())
