@@ -171,8 +171,8 @@ def _load_plain(path: Path) -> Any:
             f"{path} is refused: it holds more than tensors and plain values ({what}), and reading that means running "
             "code from the file; save its state_dict alone, on a machine that trusts it, and read that"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no file of torch.save: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # bytes that are no checkpoint can end in any error of the unpickler
+        raise ValueError(f"{path} is no file of torch.save ({type(error).__name__}: {str(error)[:80]})") from error
 
 
 def _unwrap(name: str) -> str:
