@@ -1,8 +1,9 @@
 """What the inputs are: every image that a source names, in a fixed order, as a listing on disk.
 
 1. `collect(src)` looks at what `src` is and yields one `Entry` an image: where its bytes lie, its name, its label.
-2. `Listing.write` puts the entries into a file as they come, a line each, beside an array of where the lines begin and how many
-   bytes the images have. So a listing of any length costs the memory of one folder, and entry i is found in one look.
+2. `Listing.write` puts the entries into a file as they come, a line each, beside an array of where the lines begin and
+   how many bytes the images have. So a listing of any length costs the memory of one folder, and entry i is found in
+   one look.
 
 Nothing here reads an image; what the files hold is found out by `pipeline.pack`.
 """
@@ -21,7 +22,12 @@ import numpy as np
 import xxhash
 
 from pipeline.index import IMAGE_EXTENSIONS, write_atomically
-from pipeline.storage import is_remote
+from pipeline.storage import is_remote, local_path
+
+LISTS = (".txt", ".csv", ".tsv", ".parquet")
+ARCHIVES = (".tar", ".zip")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MOST_CLASSES = 1_000_000  # folders at one depth; beyond that they are no classes
 
 
 class Entry(NamedTuple):
@@ -29,65 +35,144 @@ class Entry(NamedTuple):
 
     path: str  # the file, archive or URL that holds the bytes
     offset: int  # of the first byte in an archive; -1: the file is the image
-    size: int  # stored bytes; -1: not known
+    size: int  # stored bytes; -1: not known, or not there when it was listed
     name: str  # relative to the source: for the key, for messages
-    label: str | None = None
+    label: str | None = None  # None: the folder may say
     columns: dict[str, Any] | None = None  # written as key.json
     beside: list[tuple[str, int, int]] | None = None  # other members of a WebDataset sample: extension, offset, size
-    packing: int = (
-        0  # 8: a deflated member of a zip archive, whose `offset` is that of its local header; 0: stored; -1 not a zip
-    )
+    packing: int | None = None  # how a member of a zip archive is packed: 0 stored, 8 deflated, -1 encrypted
 
 
 @dataclass
 class Found:
-    """What a source holds beside images."""
+    """What is learned about a source while its images are listed."""
 
     ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
-    labels_from_folders: bool = False
-    in_root: int = 0  # images that lie in no class folder
+    root: list[str] | None = None  # the folders that all images have in common
+    depths: Counter[int] = field(default_factory=Counter)  # images by the number of folders above them
+    folders: list[dict[str, None]] = field(default_factory=list)  # names of the folders at each depth
+    labels: dict[str, None] = field(default_factory=dict)  # labels that a list or an archive gave
+    classes: list[str] = field(default_factory=list)  # their names in order, where the source says
 
+    def add(self, entry: Entry) -> None:
+        if entry.label is not None:
+            self.labels[entry.label] = None
+            return
+        folders = entry.name.split("/")[:-1]
+        self.depths[len(folders)] += 1
+        if self.root is None:
+            self.root = folders
+        elif folders[: len(self.root)] != self.root:
+            same = (a == b for a, b in zip(folders, self.root))
+            self.root = self.root[: next((i for i, equal in enumerate(same) if not equal), len(folders))]
+        for depth, folder in enumerate(folders[:8]):
+            if depth == len(self.folders):
+                self.folders.append({})
+            if len(self.folders[depth]) <= MOST_CLASSES:
+                self.folders[depth][folder] = None
 
-def collect(src: str, found: Found) -> Iterator[Entry]:
-    """Entries of a folder in sorted order. FileNotFoundError when there is no `src`."""
-    path = Path(src).expanduser()
-    if path.is_dir():
-        found.labels_from_folders = True
-        yield from _folder(path, "", found, ())
-    elif not path.exists():
-        raise FileNotFoundError(f"no such folder or file: {src}")
-    else:
-        raise ValueError(f"{src} is not a folder of images")
+    def class_depth(self) -> int:
+        """At which depth the folders are classes: below those that all images share; -1 when images lie beside them."""
+        depth = len(self.root or [])
+        if self.labels or depth >= len(self.folders) or self.depths[depth] or len(self.folders[depth]) > MOST_CLASSES:
+            return -1
+        return depth
 
 
 def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS  # noqa: PTH122 (a string operation, a million times)
+    return extension(name) in IMAGE_EXTENSIONS
 
 
-def _folder(root: Path, below: str, found: Found, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+def extension(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()  # noqa: PTH122 (a string operation, a million times)
+
+
+def collect(src: str, found: Found, exclude: str = "") -> Iterator[Entry]:
+    """The images of `src`: a folder, a list of paths, a tar, a zip archive, shards; local or by URL.
+
+    `exclude` is a folder that is left out: the destination may lie in the source. FileNotFoundError when there is
+    nothing at `src`, ValueError when it is of no kind that is known.
+    """
+    from pipeline import archives, lists  # they build on Entry and Found
+
+    lower = src.lower()
+    if lower.endswith(COMPRESSED):
+        raise ValueError(f"{src} is compressed, single images in it cannot be reached: unpack it to a .tar first")
+    if "{" in src and not (not is_remote(src) and local_path(src).exists()):
+        import braceexpand
+
+        yield from archives.several(list(braceexpand.braceexpand(src)), found)
+    elif lower.endswith(LISTS):
+        yield from lists.entries(src, found)
+    elif lower.endswith(ARCHIVES):
+        yield from archives.several([src], found)
+    elif is_remote(src):
+        yield from _remote_folder(src, found, exclude)
+    elif not local_path(src).exists():
+        raise FileNotFoundError(f"no such folder or file: {src}")
+    elif local_path(src).is_dir():
+        folder = local_path(src)
+        tars = sorted(str(p) for p in folder.iterdir() if p.name.lower().endswith(ARCHIVES))
+        if tars:
+            yield from archives.several(tars, found)
+            found.ignored.update({"images beside archives": sum(is_image_name(p.name) for p in folder.iterdir())})
+        else:
+            yield from _folder(folder, "", found, exclude, ())
+    else:
+        raise ValueError(
+            f"{src} is none of what can be read: a folder, a list ({' '.join(LISTS)}), {' '.join(ARCHIVES)}"
+        )
+
+
+def _folder(root: Path, below: str, found: Found, exclude: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
     """The images below root/below; symbolic links are followed, but not into a folder that contains them."""
     folder = root / below
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)
-    if identity in above:
+    if identity in above or (exclude and str(folder.resolve()) == exclude):
         return
     with os.scandir(folder) as scan:
         names = sorted((item.name, item.is_dir()) for item in scan)
     for name, is_folder in names:
         relative = f"{below}/{name}" if below else name
         if is_folder:
-            yield from _folder(root, relative, found, (*above, identity))
+            yield from _folder(root, relative, found, exclude, (*above, identity))
         elif not is_image_name(name):
-            found.ignored[os.path.splitext(name)[1].lower() or "no extension"] += 1  # noqa: PTH122
+            found.ignored[extension(name) or "no extension"] += 1
         else:
             full = os.path.join(folder, name)  # noqa: PTH118
             try:
                 size = os.stat(full).st_size  # noqa: PTH116
             except FileNotFoundError:
                 size = -1  # a link to nowhere: found, and rejected when it is packed
-            label = relative.split("/", 1)[0] if below else None
-            found.in_root += label is None
-            yield Entry(full, -1, size, relative, label)
+            yield Entry(full, -1, size, relative)
+
+
+def _remote_folder(src: str, found: Found, exclude: str) -> Iterator[Entry]:
+    from pipeline import archives
+    from pipeline.destination import file_system
+
+    fs, root = file_system(src)
+    if not fs.exists(root):
+        raise FileNotFoundError(f"no such folder: {src}")
+    tars = sorted(p for p in fs.ls(root, detail=False) if str(p).lower().endswith(ARCHIVES))
+    if tars:
+        yield from archives.several([fs.unstrip_protocol(p) for p in tars], found)
+        return
+    left_out = file_system(exclude)[1].rstrip("/") if is_remote(exclude) else None
+    for folder, folders, files in fs.walk(root, detail=True):
+        for name in sorted(folders):  # walk goes into what is left in the dict, in its order
+            details = folders.pop(name)
+            if details["name"].rstrip("/") != left_out:
+                folders[name] = details
+        below = folder[len(root) :].strip("/")
+        for name in sorted(files):
+            if is_image_name(name):
+                size = files[name].get("size")
+                relative = f"{below}/{name}" if below else name
+                yield Entry(fs.unstrip_protocol(files[name]["name"]), -1, -1 if size is None else size, relative)
+            elif name:
+                found.ignored[extension(name) or "no extension"] += 1
 
 
 class Listing:
@@ -96,11 +181,12 @@ class Listing:
     def __init__(self, folder: Path) -> None:
         self.summary: dict[str, Any] = json.loads((folder / "listing.json").read_text())
         table = folder / "listing.bin"
-        self._table = (
-            np.memmap(table, np.int64, "r").reshape(-1, 2) if table.stat().st_size else np.empty((0, 2), np.int64)
-        )
-        self._file = (folder / "listing.jsonl").open("rb")
-        self._lines = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if len(self._table) else b""
+        empty = not table.stat().st_size
+        self._table = np.empty((0, 2), np.int64) if empty else np.memmap(table, np.int64, "r").reshape(-1, 2)
+        with (folder / "listing.jsonl").open("rb") as file:
+            self._lines = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.classes: list[str] = self.summary["classes"]
+        self._number = {name: i for i, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
         return len(self._table)
@@ -114,39 +200,52 @@ class Listing:
     def sizes(self) -> np.ndarray:
         return self._table[:, 1]
 
-    @property
-    def classes(self) -> list[str]:
-        return list(self.summary["classes"])
+    def label(self, entry: Entry) -> int | None:
+        """The number of the entry's class; None when it has none, or brings its own as a member of its sample."""
+        if entry.label is not None:
+            return int(entry.label) if self.summary["labels_are_numbers"] else self._number[entry.label]
+        depth = self.summary["class_depth"]
+        return None if depth < 0 else self._number[entry.name.split("/")[depth]]
 
     @staticmethod
-    def write(folder: Path, entries: Iterable[Entry], found: Found) -> "Listing":
-        """Writes the listing of `entries`; listing.json comes last, so that a listing that has one is whole."""
+    def write(folder: Path, entries: Iterable[Entry], found: Found, *, classes: list[str], labels: bool) -> "Listing":
+        """Writes the listing of `entries`; listing.json comes last, so that a listing that has one is whole.
+
+        `classes` gives the numbers of the labels (empty: their sorted order; labels that are all numbers stay what they
+        are). `labels` False leaves them out. ValueError for a label that is not among `classes`.
+        """
         digest = xxhash.xxh3_64()
-        labels: Counter[str] = Counter()
         position = total = count = 0
         rows = array("q")
         with (folder / "listing.jsonl").open("wb") as lines, (folder / "listing.bin").open("wb") as table:
             for entry in entries:
-                line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-                digest.update(json.dumps([entry.name, entry.size, entry.label, entry.columns]).encode())
+                if not labels:
+                    entry = entry._replace(label=None)
+                found.add(entry)
+                line = json.dumps(entry, separators=(",", ":"), default=str).encode() + b"\n"
+                digest.update(json.dumps(entry[1:], default=str).encode())
                 rows.extend((position, entry.size))
                 lines.write(line)
                 position += len(line)
                 total += max(entry.size, 0)
                 count += 1
-                if entry.label is not None:
-                    labels[entry.label] += 1
                 if len(rows) >= 1 << 16:
                     table.write(rows.tobytes())
                     rows = array("q")
             table.write(rows.tobytes())
-        classes = sorted(labels)
-        if found.labels_from_folders and (found.in_root or len(classes) < 2):
-            classes = []  # one folder, or images beside the folders: these are not classes
+        depth = found.class_depth() if labels else -1
+        named = list(found.labels) or (list(found.folders[depth]) if depth >= 0 else [])
+        numbers = bool(found.labels) and not classes and all(name.isdecimal() for name in named)
+        if classes and (unknown := sorted(set(named) - set(classes))):
+            raise ValueError(f"{len(unknown)} labels are not among the {len(classes)} classes, the first: {unknown[0]}")
+        if not classes:
+            classes = sorted(named, key=int if numbers else None) if named or not labels else found.classes
         summary = {
             "images": count,
             "bytes": total,
             "classes": classes,
+            "class_depth": depth,
+            "labels_are_numbers": numbers,
             "ignored": found.ignored,
             "digest": digest.hexdigest(),
         }

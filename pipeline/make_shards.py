@@ -2,21 +2,23 @@
 
     python pipeline/make_shards.py SRC DEST
 
-1. List: every image of SRC, in sorted order, into a listing on disk (`pipeline.collect`).
-2. Plan: a permutation by the seed, cut into shards by samples and bytes. The plan does not depend on what the images turn out to be.
-3. Pack: each shard by one worker process (`pipeline.pack`), verified; finished shards are skipped when the command is run again.
-4. Finish: manifest.json, rejected.jsonl; found = packed + rejected.
+1. List: every image of SRC, in a fixed order, into a listing on disk (`pipeline.collect`).
+2. Hash, with `--dedup`: the contents, in parallel; equal ones but the first drop out.
+3. Plan: a permutation by the seed, cut into shards (`pipeline.plan`); known before any image is looked at.
+4. Pack: each shard by one worker (`pipeline.pack`), verified. A shard that is done has a record; the same command after
+   an interruption packs those without one.
+5. Finish: found = packed + rejected + duplicates; manifest, lists, contact sheet, table (`pipeline.finish`).
 """
 
-import concurrent.futures as futures
+import contextlib
+import errno
 import json
-import multiprocessing
 import os
+import re
 import shutil
 import sys
-import threading
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,193 +28,329 @@ if not __package__:  # run as a file: the repository's root, not this folder, is
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
+import xxhash
 from jsonargparse import ArgumentParser
-from tqdm import tqdm
 
-from pipeline import pack
+from pipeline import destination, lists, workers
 from pipeline.collect import Found, Listing, collect
-from pipeline.index import write_atomically
-from pipeline.manifest import Manifest, Shard, save_manifest
+from pipeline.finish import finish, table
+from pipeline.pack import HashTask, Item, PackTask, hash_contents, pack
+from pipeline.plan import Planned, find_duplicates, image_numbers, plan
+from pipeline.storage import is_remote, local_path
+from pipeline.verify import Options
 
-STATE = ".make_shards"  # the listing and the records of finished shards, until all are
-SUMMARY = "make_shards.json"  # what DEST was made from
-
-
-def plan(listing: Listing, seed: int, samples_per_shard: int, shard_bytes: int) -> list[np.ndarray]:
-    """Numbers of the images of each shard: a permutation of the whole, cut where a shard is full."""
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(listing))
-    ends = np.cumsum(np.maximum(listing.sizes[order], 0))
-    shards, begin = [], 0
-    while begin < len(order):
-        used = ends[begin - 1] if begin else 0
-        full = int(np.searchsorted(ends, used + shard_bytes, side="right"))
-        end = min(max(full, begin + 1), begin + samples_per_shard, len(order))
-        shards.append(order[begin:end])
-        begin = end
-    return shards
-
-
-def tasks(listing: Listing, shards: list[np.ndarray], dest: Path, options: pack.Options) -> Iterator[pack.Task]:
-    """The shards that have no record yet."""
-    label_of = {name: i for i, name in enumerate(listing.classes)}
-    for s, numbers in enumerate(shards):
-        name = f"shard-{s:06d}"
-        if not (dest / STATE / f"{name}.json").exists():
-            entries = ((int(i), listing[int(i)]) for i in numbers)
-            items = [pack.Item(i, entry, label_of.get(entry.label or "")) for i, entry in entries]
-            yield pack.Task(name, str(dest), str(dest / STATE), items, options)
-
-
-def _start_worker(progress: Any) -> None:
-    pack.PROGRESS = progress
-
-    def follow_parent() -> None:  # killed without a word, the parent would leave its workers waiting for ever
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def run(waiting: Iterator[pack.Task], *, workers: int, total: int, done: int) -> None:
-    """Packs the waiting shards. On an error the shards in work are finished, no further ones begun."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.pack"])
-    progress = context.Array("q", 2)
-    bar = tqdm(total=total, initial=done, unit="image", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)
-    pool = futures.ProcessPoolExecutor(workers, context, _start_worker, (progress,))
-    running: set[futures.Future[dict[str, Any]]] = set()
-    error: BaseException | None = None
-    start = time.monotonic()
-    with pool, bar:
-        while True:
-            while error is None and len(running) < workers + 2 and (task := next(waiting, None)) is not None:
-                running.add(pool.submit(pack.pack, task))
-            if not running:
-                break
-            finished, running = futures.wait(running, timeout=0.5, return_when=futures.FIRST_COMPLETED)
-            for future in finished:
-                error = error or future.exception()
-            bar.set_postfix_str(f"{progress[1] / 1e6 / (time.monotonic() - start):.0f} MB/s", refresh=False)
-            bar.update(done + progress[0] - bar.n)
-    if error is not None:
-        raise error
+STATE = ".make_shards"  # in DEST: the listing and the records of finished shards, until all are
+SUMMARY = "make_shards.json"  # in DEST: what it was made from, when all is done
+LISTING = (
+    "listing.jsonl",
+    "listing.bin",
+    "listing.json",
+    "job.json",
+)  # in this order: the last one says that all are there
+OURS = re.compile(
+    r"shard-\d{6,}\.(tar|idx)|manifest\.json|rejected\.jsonl|duplicates\.jsonl|contact_sheet\.png|make_shards\.json"
+)
+HASHED_TOGETHER = 5_000
 
 
 def make_shards(
     src: str,
     dest: str,
     *,
+    options: Options,
     seed: int = 0,
-    workers: int = 0,
     samples_per_shard: int = 10_000,
     shard_bytes: int = 500_000_000,
-    max_pixels: int = 100_000_000,
-    no_verify: bool = False,
+    labels: str = "auto",
+    classes: str = "",
+    holdout: float = 0.0,
+    dedup: bool = False,
     overwrite: bool = False,
+    num_workers: int = 0,
+    scheduler: str = "",
 ) -> None:
-    """Packs the images of `src` into shards in `dest`. ValueError, FileNotFoundError and OSError say what to do."""
-    workers = workers or len(os.sched_getaffinity(0))
-    options = pack.Options(no_verify=no_verify, max_pixels=max_pixels)
-    job = {"seed": seed, "samples_per_shard": samples_per_shard, "shard_bytes": shard_bytes, **asdict(options)}
-    target = Path(dest)
-    state = target / STATE
-    if not Path(src).expanduser().exists():
-        raise FileNotFoundError(f"no such folder: {src}")
-    if overwrite and (state.exists() or (target / SUMMARY).exists()):
-        shutil.rmtree(target)
-    state.mkdir(parents=True, exist_ok=True)
-    listing = list_source(src, state, job)
-    if (target / SUMMARY).exists():
-        shutil.rmtree(state)
-        print(f"{dest} is complete already: {len(listing):,} images found in {src}")
-        return
-    shards = plan(listing, seed, samples_per_shard, shard_bytes)
-    finished = [len(numbers) for s, numbers in enumerate(shards) if (state / f"shard-{s:06d}.json").exists()]
-    if finished:
-        print(f"continuing: {len(finished)} of {len(shards)} shards are done")
-    run(tasks(listing, shards, target, options), workers=workers, total=len(listing), done=sum(finished))
-    finish(target, listing, shards, src, job)
+    """Packs the images of `src` into shards in `dest`; prints the table of what came of it.
 
-
-def list_source(src: str, state: Path, job: dict[str, Any]) -> Listing:
-    """The listing of an interrupted run, or a new one."""
-    asked = {"src": str(Path(src).expanduser().resolve()), **job}
-    path = state / "job.json"
-    if path.exists() and (state / "listing.json").exists():
-        before = json.loads(path.read_text())
-        changed = [f"{k} {before.get(k)} -> {asked[k]}" for k in asked if before.get(k) != asked[k]]
-        if changed:
-            raise ValueError(
-                f"{state.parent} was begun otherwise ({', '.join(changed)}): run the command as before, add --overwrite, or name another folder"
-            )
-        return Listing(state)
-    found = Found()
-    bar = tqdm(collect(src, found), desc="listing", unit="image", mininterval=0.5 if sys.stderr.isatty() else 10)
-    listing = Listing.write(state, bar, found)
-    if not len(listing):
-        shutil.rmtree(state)
-        raise ValueError(
-            f"no images in {src}: it holds {sum(found.ignored.values())} other files {dict(found.ignored.most_common(5))}"
-        )
-    write_atomically(path, json.dumps(asked).encode())
-    return listing
-
-
-def finish(target: Path, listing: Listing, shards: list[np.ndarray], src: str, job: dict[str, Any]) -> None:
-    """Manifest and lists from the records; counts must add up."""
-    records = [json.loads((target / STATE / f"shard-{s:06d}.json").read_text()) for s in range(len(shards))]
-    rejected = [line for record in records for line in record["rejected"]]
-    packed = sum(record["samples"] for record in records)
-    assert len(listing) == packed + len(rejected), (len(listing), packed, len(rejected))
-    if not packed:
-        raise ValueError(f"none of {len(listing)} images in {src} can be used; the first: {rejected[0]}")
-    (target / "rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rejected))
-    made = tuple(
-        Shard(f"shard-{s:06d}.tar", record["samples"], record["bytes"], record["checksum"])
-        for s, record in enumerate(records)
-        if record["samples"]
-    )
-    save_manifest(Manifest(str(target), made, tuple(listing.classes)), target / "manifest.json")
-    summary = {
+    ValueError, FileNotFoundError and OSError say what to do; the same call then goes on where this one stopped.
+    """
+    began = time.monotonic()
+    src = src if is_remote(src) else os.path.abspath(local_path(src))  # noqa: PTH100 (links stay as they were named)
+    dest = dest if is_remote(dest) else str(local_path(dest).resolve())
+    job: dict[str, Any] = {
         "src": src,
-        "found": len(listing),
-        "packed": packed,
-        "rejected": len(rejected),
-        "digest": listing.summary["digest"],
-        **job,
+        "seed": seed,
+        "samples_per_shard": samples_per_shard,
+        "shard_bytes": shard_bytes,
+        "labels": labels if labels in ("auto", "none") else _digest(labels),
+        "classes": _digest(classes) if classes else "",
+        "holdout": holdout,
+        "dedup": dedup,
+        **asdict(options),
     }
-    write_atomically(target / SUMMARY, json.dumps(summary, indent=1).encode())
-    shutil.rmtree(target / STATE)
-    reasons = Counter(line["reason"] for line in rejected)
-    image_bytes = sum(record["image_bytes"] for record in records)
-    print(f"found {len(listing):,} = packed {packed:,} + rejected {len(rejected):,} {dict(reasons) or ''}")
-    print(
-        f"{len(made):,} shards, {len(listing.classes):,} classes, {image_bytes:,} bytes, {image_bytes / packed:,.0f} an image -> {target}"
-    )
+    how: dict[str, Any] = {"workers": num_workers or len(os.sched_getaffinity(0)), "scheduler": scheduler}
+
+    def write_listing(folder: Path) -> Listing:
+        found = Found()
+        entries = collect(src, found, exclude=dest)
+        if labels not in ("auto", "none"):
+            entries = lists.labelled(entries, labels)
+        with workers.bar("listing") as bar:
+            counted = (bar.update() or entry for entry in entries)
+            names = lists.class_names(classes) if classes else []
+            listing = Listing.write(folder, counted, found, classes=names, labels=labels != "none")
+        if not len(listing):
+            others = ", ".join(f"{count} {kind}" for kind, count in found.ignored.most_common(5) if count)
+            raise ValueError(f"no images in {src}: it holds {others or 'nothing'}")
+        return listing
+
+    if not is_remote(src) and "{" not in src and not Path(src).exists():
+        raise FileNotFoundError(f"no such folder or file: {src}")
+    if not scheduler:
+        workers.warm_up()
+    if overwrite:
+        remove_ours(dest)
+    if is_complete(dest, job, write_listing):
+        return
+    with state_folder(dest) as state:
+        records = destination.join(dest, STATE)
+        listing = begun(state, job, dest)
+        if listing is None:
+            listing = write_listing(state)
+            (state / "job.json").write_text(json.dumps(job))
+            _copy_up(state, records)
+        kept = remove_duplicates(listing, state, records, how) if dedup else None
+        shards = plan(
+            listing.sizes, kept, seed, holdout=holdout, samples_per_shard=samples_per_shard, shard_bytes=shard_bytes
+        )
+        for split in dict.fromkeys(shard.split for shard in shards):
+            destination.make_folder(destination.join(dest, split).rstrip("/"))
+        done = finished(dest, shards)
+        if done:
+            print(f"going on: {len(done):,} of {len(shards):,} shards are done")
+        workers.run(
+            pack,
+            pack_tasks(listing, kept, seed, (shard for shard in shards if shard not in done), dest, options),
+            what="packing",
+            total=sum(shard.end - shard.begin for shard in shards),
+            done=sum(shard.end - shard.begin for shard in done),
+            **how,
+        )
+        if missing := set(shards) - finished(dest, shards):
+            raise ValueError(
+                f"{len(missing)} shards were packed but are not in {dest}: do all workers see that folder?"
+            )
+        counts = finish(dest, records, state, listing, shards, seed)
+    summary = {"job": job, "digest": listing.summary["digest"], **counts}
+    destination.write(destination.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
+    remove_state(dest)
+    print(table(counts, dest, time.monotonic() - began))
+
+
+def pack_tasks(
+    listing: Listing, kept: np.ndarray | None, seed: int, shards: Iterator[Planned], dest: str, options: Options
+) -> Iterator[PackTask]:
+    count = len(listing) if kept is None else len(kept)
+    for shard in shards:
+        items = []
+        for number in image_numbers(shard.begin, shard.end, count, kept, seed).tolist():
+            entry = listing[number]
+            own = any(name == "cls" for name, _, _ in entry.beside or ())
+            items.append(Item(number, entry, None if own and entry.label is None else listing.label(entry)))
+        tar = destination.join(dest, f"{shard.name}.tar")
+        yield PackTask(tar, destination.join(dest, f"{STATE}/{shard.record}"), items, options)
+
+
+def finished(dest: str, shards: list[Planned]) -> set[Planned]:
+    """The shards that have a record, and are there unless nothing was left of them."""
+    records = destination.names(destination.join(dest, STATE))
+    splits = {shard.split for shard in shards}
+    tars = {split: destination.names(destination.join(dest, split).rstrip("/")) for split in splits}
+    done = set()
+    for shard in shards:
+        if shard.record in records:
+            there = f"shard-{shard.number:06d}.tar" in tars[shard.split]
+            if there or not json.loads(destination.read(destination.join(dest, f"{STATE}/{shard.record}")))["samples"]:
+                done.add(shard)
+    return done
+
+
+def remove_duplicates(listing: Listing, state: Path, records: str, how: dict[str, Any]) -> np.ndarray:
+    """Numbers of the images that are not the same as an earlier one."""
+    names = [f"hashes-{i:06d}" for i in range(-(-len(listing) // HASHED_TOGETHER))]
+    there = destination.names(records)
+
+    def tasks() -> Iterator[HashTask]:
+        for i, name in enumerate(names):
+            if name not in there:
+                numbers = range(i * HASHED_TOGETHER, min((i + 1) * HASHED_TOGETHER, len(listing)))
+                yield HashTask(destination.join(records, name), [listing[n] for n in numbers])
+
+    done = min(len(there & set(names)) * HASHED_TOGETHER, len(listing))
+    workers.run(hash_contents, tasks(), what="hashing", total=len(listing), done=done, **how)
+    with (state / "hashes.bin").open("wb") as file:
+        for name in names:
+            file.write(destination.read(destination.join(records, name)))
+    kept, _ = find_duplicates(np.memmap(state / "hashes.bin", np.uint64, "r").reshape(-1, 2), state)
+    return kept
+
+
+@contextlib.contextmanager
+def state_folder(dest: str) -> Iterator[Path]:
+    """The local folder with the listing: DEST/.make_shards itself, or for a remote DEST a copy of that."""
+    if not is_remote(dest):
+        folder = local_path(destination.join(dest, STATE))
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder.parent, folder.parent / "train", folder.parent / "val"):
+            for left in place.glob(".shard-*.tmp"):  # of workers that were killed
+                left.unlink(missing_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="make_shards-") as temporary:
+        if set(LISTING) <= destination.names(destination.join(dest, STATE)):
+            fs, root = destination.file_system(destination.join(dest, STATE))
+            for name in LISTING:
+                fs.get_file(f"{root}/{name}", str(Path(temporary) / name))
+        yield Path(temporary)
+
+
+def begun(state: Path, job: dict[str, Any], dest: str) -> Listing | None:
+    """The listing of an interrupted run of the same job; ValueError when it was another job."""
+    if not (state / "job.json").exists():
+        if any(re.fullmatch(r".*\.tar", name) for name in destination.names(dest)):
+            raise ValueError(f"{dest} holds tars that make_shards did not begin: name another folder")
+        return None
+    refuse_if_changed(json.loads((state / "job.json").read_text()), job, dest)
+    return Listing(state)
+
+
+def refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -> None:
+    changed = [f"{name} {before.get(name)} there, {job[name]} now" for name in job if before.get(name) != job[name]]
+    if changed:
+        raise ValueError(
+            f"{dest} was made otherwise ({'; '.join(changed)}): name another folder, or add --overwrite to make it anew"
+        )
+
+
+def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
+    """Whether `dest` is done already, with the same inputs and options; ValueError when they were others."""
+    if SUMMARY not in destination.names(dest):
+        return False
+    summary = json.loads(destination.read(destination.join(dest, SUMMARY)))
+    refuse_if_changed(summary["job"], job, dest)
+    with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
+        listing = write_listing(Path(folder))
+        if listing.summary["digest"] != summary["digest"]:
+            raise ValueError(
+                f"{dest} was made from {summary['found']:,} images that are no longer those of {job['src']} "
+                f"({len(listing):,} now): name another folder, or add --overwrite to make it anew"
+            )
+    remove_state(dest)
+    print(f"{dest} is complete: {summary['packed']:,} of {summary['found']:,} images packed; nothing to do")
+    return True
+
+
+def remove_ours(dest: str) -> None:
+    """Deletes what make_shards wrote, nothing else."""
+    there = destination.names(dest)
+    if SUMMARY not in there and STATE not in there:
+        return
+    destination.remove(destination.join(dest, SUMMARY))  # first: what is left then is not taken for complete
+    for split in ("", "train", "val"):
+        folder = destination.join(dest, split).rstrip("/")
+        for name in destination.names(folder):
+            if OURS.fullmatch(name):
+                destination.remove(destination.join(folder, name))
+    remove_state(dest)
+
+
+def remove_state(dest: str) -> None:
+    place = destination.join(dest, STATE)
+    if not is_remote(place):
+        shutil.rmtree(local_path(place), ignore_errors=True)
+    elif names := destination.names(place):
+        fs, path = destination.file_system(place)
+        fs.rm([f"{path}/{name}" for name in names])
+
+
+def _copy_up(state: Path, records: str) -> None:
+    if is_remote(records):
+        fs, path = destination.file_system(records)
+        for name in LISTING:
+            fs.put_file(str(state / name), f"{path}/{name}")
+
+
+def _digest(place: str) -> str:
+    """A file by its content, so that another one under the same name is noticed."""
+    where = destination.join(place, "manifest.json") if not is_remote(place) and local_path(place).is_dir() else place
+    return f"{place} {xxhash.xxh3_64_hexdigest(destination.read(where))}"
 
 
 def main() -> int:
     parser = ArgumentParser(prog="make_shards", description="Images -> WebDataset tar shards, their index, a manifest.")
-    parser.add_argument("src", type=str, help="folder of images; class folders give labels")
-    parser.add_argument("dest", type=str, help="folder that the shards go to")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
-    parser.add_argument("--samples_per_shard", type=int, default=10_000)
-    parser.add_argument(
-        "--shard_bytes", type=int, default=500_000_000, help="a shard is full at this many bytes of images"
+    add = parser.add_argument
+    add(
+        "src",
+        type=str,
+        help="folder, list (.txt .csv .tsv .parquet), .tar, .zip, shards ({000000..000099}.tar), or a URL",
     )
-    parser.add_argument("--max_pixels", type=int, default=100_000_000, help="larger images are rejected")
-    parser.add_argument(
-        "--no_verify", action="store_true", help="do not decode: damaged images are found in training, if at all"
+    add("dest", type=str, help="folder or URL that the shards go to")
+    add("--seed", type=int, default=0, help="of the shuffle")
+    add("--workers", type=int, default=0, help="processes; 0: one for each core")
+    add(
+        "--scheduler",
+        type=str,
+        default="",
+        help="address of a Dask scheduler: its workers pack instead of local processes",
     )
-    parser.add_argument("--overwrite", action="store_true", help="delete DEST if make_shards made it, begin anew")
-    arguments = vars(parser.parse_args())
+    add("--samples_per_shard", type=int, default=10_000, help="a shard is full at this many images")
+    add("--shard_bytes", type=int, default=500_000_000, help="or at this many bytes of images, as they are in SRC")
+    add(
+        "--labels",
+        type=str,
+        default="auto",
+        help="auto: of the source, its folders; none; or a file of names and labels",
+    )
+    add(
+        "--classes", type=str, default="", help="class names in the order of their numbers: a text file or another DEST"
+    )
+    add(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="fraction (0.1) or number (5000) of images for DEST/val, the others to DEST/train",
+    )
+    add("--dedup", action="store_true", help="leave out exact duplicates (reads every image twice)")
+    add("--short_side", type=int, default=0, help="shrink images whose shorter side is longer than this many pixels")
+    add("--quality", type=int, default=90, help="JPEG quality of what is encoded again")
+    add("--convert", action="store_true", help="other formats to JPEG")
+    add("--min_side", type=int, default=0, help="reject images with a shorter side than this many pixels")
+    add("--max_pixels", type=int, default=100_000_000, help="reject images with more pixels")
+    add(
+        "--no_verify", action="store_true", help="do not decode: damaged images are packed and cost samples in training"
+    )
+    add("--overwrite", action="store_true", help="delete what make_shards wrote to DEST before, begin anew")
+    given = vars(parser.parse_args())
+    fields = ("no_verify", "max_pixels", "min_side", "short_side", "quality", "convert")
+    options = Options(**{name: given.pop(name) for name in fields})
     try:
-        make_shards(**arguments)
+        for name in ("samples_per_shard", "shard_bytes"):
+            if given[name] < 1:
+                raise ValueError(f"--{name} {given[name]}: at least 1")
+        if not 1 <= options.quality <= 100:
+            raise ValueError(f"--quality {options.quality}: from 1 to 100")
+        if given["holdout"] < 0:
+            raise ValueError(f"--holdout {given['holdout']:g}: a fraction below 1, or a number of images")
+        if options.no_verify:
+            print("--no_verify: damaged images are packed; each will cost a sample in training", file=sys.stderr)
+        make_shards(given.pop("src"), given.pop("dest"), options=options, num_workers=given.pop("workers"), **given)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(130)  # without waiting for the shards in work; workers end with their parent
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = ": make room, then the same command goes on where this one stopped" if full else ""
+        print(f"error: {error}{remedy}", file=sys.stderr)
         return 2
     return 0
 

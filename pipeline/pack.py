@@ -1,35 +1,27 @@
-"""One shard: reads the images that were planned for it, verifies them, writes tar, index and record.
+"""One shard: fetches the images that were planned for it, verifies them, writes tar, index and record.
 
-A shard is a pure function of its task, so it does not matter which process packs it, when, or how often. It is written beside its
-final name and renamed when it is whole; the record that marks it as done comes last.
+A shard is a pure function of its task, so it does not matter which process packs it, when, or how often. It is written
+beside its final name and renamed when it is whole; the record that marks it as done comes last.
 """
 
-import contextlib
 import json
-import os
+import posixpath
 import re
+import warnings
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import webdataset
+import numpy as np
 import xxhash
 from PIL import Image
 
+from pipeline import destination
 from pipeline.collect import Entry
-from pipeline.index import BLOCK, Component, write_atomically, write_index
-from pipeline.verify import Checked, Rejected, verify
+from pipeline.fetch import fetch
+from pipeline.index import BLOCK, Component, format_index
+from pipeline.verify import Options, Rejected, prepare
 
 PROGRESS: Any = None  # in a local worker: images and bytes done, a shared array that the bar reads
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the content of a shard."""
-
-    no_verify: bool = False
-    max_pixels: int = 100_000_000
 
 
 class Item(NamedTuple):
@@ -40,12 +32,16 @@ class Item(NamedTuple):
     label: int | None
 
 
-class Task(NamedTuple):
-    name: str  # of the shard, without extension
-    folder: str  # where it goes
-    records: str  # where its record goes
+class PackTask(NamedTuple):
+    shard: str  # where the tar goes
+    record: str  # where its record goes
     items: list[Item]
     options: Options
+
+
+class HashTask(NamedTuple):
+    output: str  # where the hashes go
+    entries: list[Entry]
 
 
 class _Sink:
@@ -62,87 +58,98 @@ class _Sink:
         return self._file.write(block)
 
 
-def pack(task: Task) -> dict[str, Any]:
-    """Packs a shard and returns its record: samples, bytes, checksum, images of each label, what was rejected and why."""
-    folder = Path(task.folder)
-    tar = folder / f"{task.name}.tar"
-    beside = folder / f".{task.name}.{os.getpid()}.tmp"
+def pack(task: PackTask) -> int:
+    """Packs a shard; returns how many images it was planned for.
+
+    Its record: samples, bytes, checksum, images of each label, what was rejected and why. A shard of which nothing is
+    left is not written.
+    """
+    warnings.simplefilter("ignore", UserWarning)  # what Pillow thinks of the images' metadata
     pixel_guard, Image.MAX_IMAGE_PIXELS = (
         Image.MAX_IMAGE_PIXELS,
         None,
     )  # ours is `max_pixels`; Pillow's would warn below it
     try:
-        with beside.open("wb", buffering=1 << 20) as file:
+        with destination.writing(task.shard) as file:
             sink = _Sink(file)
             record, index = _write(task, sink)
-            file.flush()
-            os.fsync(file.fileno())
-        record |= {"bytes": sink.bytes, "checksum": f"xxh3_64:{sink.hash.hexdigest()}"}
-        if record["samples"]:
-            write_index(tar.with_suffix(".idx"), index)
-            beside.replace(tar)
+            record |= {"bytes": sink.bytes, "checksum": f"xxh3_64:{sink.hash.hexdigest()}"}
+            destination.write(task.shard.removesuffix(".tar") + ".idx", format_index(index))
     finally:
         Image.MAX_IMAGE_PIXELS = pixel_guard
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-    write_atomically(Path(task.records) / f"{task.name}.json", json.dumps(record).encode())
-    return record
+    if not record["samples"]:
+        destination.remove(task.shard)
+        destination.remove(task.shard.removesuffix(".tar") + ".idx")
+    destination.write(task.record, json.dumps(record).encode())
+    return len(task.items)
 
 
-def _write(task: Task, sink: _Sink) -> tuple[dict[str, Any], list[list[Component]]]:
+def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Component]]]:
     rejected: list[dict[str, str]] = []
     labels: Counter[str] = Counter()
     index: list[list[Component]] = []
     image_bytes = position = 0
+    import webdataset  # brings torch: seconds that the parent process does not have to wait
+
     writer = webdataset.TarWriter(sink, user="", group="", mode=0o644, mtime=0, encoder=False)
     with writer:
-        for item in task.items:
+        for item, contents in zip(task.items, fetch(item.entry for item in task.items)):
             try:
-                checked = _check(item, task.options)
-            except Rejected as why:
-                rejected.append({"name": item.entry.name, "reason": why.reason, "detail": why.detail})
-                checked = None
-            if checked is not None:
-                sample: dict[str, Any] = {"__key__": sample_key(item), checked.extension: checked.data}
-                if item.label is not None:
-                    sample["cls"] = str(item.label).encode()
-                    labels[str(item.label)] += 1
+                if isinstance(contents, Rejected):
+                    raise contents
+                data, extension = prepare(contents[0], item.entry.name, task.options)
+                sample = {"__key__": sample_key(item), **_beside(item, contents[1:]), extension: data}
                 writer.write(sample)
                 components = []
-                for extension in sorted(sample.keys() - {"__key__"}):
-                    size = len(sample[extension])
-                    components.append(Component(extension, position + BLOCK, size, f"{sample['__key__']}.{extension}"))
+                for name in sorted(sample.keys() - {"__key__"}):  # the writer's order
+                    size = len(sample[name])
+                    components.append(Component(name, position + BLOCK, size, f"{sample['__key__']}.{name}"))
                     position += BLOCK + -(-size // BLOCK) * BLOCK
                 index.append(components)
-                image_bytes += len(checked.data)
-            if PROGRESS is not None:
-                with PROGRESS.get_lock():
-                    PROGRESS[0] += 1
-                    PROGRESS[1] += max(item.entry.size, 0)
+                image_bytes += len(data)
+                labels[sample.get("cls", b"").decode("ascii", "replace")] += 1
+            except Rejected as why:
+                rejected.append({"name": item.entry.name, "reason": why.reason, "detail": why.detail})
+            _advance(item.entry)
         if writer.tarstream.offset != position:
-            raise RuntimeError(f"{task.name}: the index says {position} bytes, the tar has {writer.tarstream.offset}")
+            raise RuntimeError(f"{task.shard}: the index says {position} bytes, the tar has {writer.tarstream.offset}")
     record = {"samples": len(index), "image_bytes": image_bytes, "labels": labels, "rejected": rejected}
     return record, index
 
 
+def _advance(entry: Entry) -> None:
+    if PROGRESS is not None:
+        with PROGRESS.get_lock():
+            PROGRESS[0] += 1
+            PROGRESS[1] += max(entry.size, 0)
+
+
+def _beside(item: Item, contents: list[bytes]) -> dict[str, Any]:
+    """What goes into the sample beside the image: its label, its columns, what a WebDataset sample brought along."""
+    parts = {name: data for (name, _, _), data in zip(item.entry.beside or (), contents)}
+    if item.label is not None:
+        parts["cls"] = str(item.label).encode()
+    if item.entry.columns:
+        parts["json"] = json.dumps(item.entry.columns, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return parts
+
+
 def sample_key(item: Item) -> str:
-    """The image's number in the listing, which makes it unique, and its name for the human reader, in letters that every tar reader takes."""
-    stem = re.sub(r"^\d{9,}-", "", Path(item.entry.name).stem)
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:64]
-    return f"{item.number:09d}-{stem}"
+    """The image's number in the listing, so that it is unique, and its name in letters that every tar reader takes."""
+    stem = posixpath.basename(item.entry.name).rpartition(".")[0] or item.entry.name
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{9,}-", "", stem))  # not one number more with each packing
+    return f"{item.number:09d}-{stem[:64]}"
 
 
-def _check(item: Item, options: Options) -> Checked:
-    entry = item.entry
-    try:
-        data = Path(entry.path).read_bytes()
-    except FileNotFoundError:
-        if entry.size < 0:
-            raise Rejected("no such file") from None
-        raise FileNotFoundError(
-            f"{entry.path} has vanished since it was listed: put it back and run the same command again, "
-            "or begin anew without it by --overwrite"
-        ) from None
-    if options.no_verify:
-        return Checked(data, Path(entry.name).suffix[1:].lower(), 0, 0)
-    return verify(data, max_pixels=options.max_pixels)
+def hash_contents(task: HashTask) -> int:
+    """Writes the xxh3_128 of each image's bytes, 16 bytes each; returns their number.
+
+    What cannot be read is hashed by its name: it is no duplicate, and rejected when it is packed.
+    """
+    hashes = []
+    for entry, contents in zip(task.entries, fetch(task.entries)):
+        content = entry.name.encode("utf-8", "surrogateescape") if isinstance(contents, Rejected) else contents[0]
+        hashes.append(xxhash.xxh3_128(content).digest())
+        _advance(entry)
+    destination.write(task.output, np.frombuffer(b"".join(hashes), np.uint64).tobytes())
+    return len(task.entries)

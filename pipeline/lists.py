@@ -1,0 +1,164 @@
+"""Lists of images (text, CSV, Parquet) and files of labels. Both are read row by row."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline import destination
+from pipeline.collect import Entry, Found, extension, is_image_name
+from pipeline.storage import is_remote, local_path
+
+# Names of columns, in any case; the earliest in the list that is there is taken.
+PATHS = """path file filename file_name filepath file_path image image_path url uri name image_id imageid""".split()  # noqa: SIM905
+LABELS = """label class target cls category synset class_name label_name predictionstring""".split()  # noqa: SIM905
+
+Row = dict[str, Any]
+
+
+def entries(place: str, found: Found) -> Iterator[Entry]:
+    """The images of a list, in its order, with its other columns. Relative paths begin in the list's folder.
+
+    A file that is not there has the size -1: it is counted, and rejected when it is packed.
+    """
+    folder = place.rpartition("/")[0] if is_remote(place) else str(local_path(place).resolve().parent)
+    for row, path_column, label_column in rows(place):
+        path = str(row.pop(path_column))
+        label = row.pop(label_column, None) if label_column else None
+        full = path if is_remote(path) or path.startswith("/") else f"{folder}/{path}"
+        size = -1 if is_remote(full) else destination.size(full)
+        columns = {name: value for name, value in row.items() if value is not None} or None
+        yield Entry(full, -1, size, path, None if label in (None, "") else str(label), columns)
+
+
+def rows(place: str) -> Iterator[tuple[Row, str, str]]:
+    """The rows of a list, with the names of the columns that hold path and label ("" when there is no label)."""
+    if place.lower().endswith(".parquet"):
+        yield from _parquet(place)
+        return
+    with _opened(place) as file:
+        if place.lower().endswith(".txt"):
+            for line in file:
+                if line.strip():
+                    path, label = _split(line.rstrip("\r\n"))
+                    yield {"path": path, "label": label}, "path", "label"
+            return
+        reader = csv.reader(file, delimiter="\t" if place.lower().endswith(".tsv") else ",")
+        first = next(reader, None)
+        if first is None:
+            return
+        if any(is_image_name(cell) for cell in first):  # no header
+            path_at = next(i for i, cell in enumerate(first) if is_image_name(cell))
+            header = [f"column_{i}" for i in range(len(first))]
+            header[path_at] = "path"
+            if len(first) > 1:
+                header[1 if path_at == 0 else 0] = "label"
+            reader = itertools.chain([first], reader)  # type: ignore[assignment]
+        else:
+            header = first
+        path_column, label_column = _columns(header, place)
+        for number, cells in enumerate(reader, 2):
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise ValueError(f"{place}, line {number}: {len(cells)} columns, {len(header)} in the first line")
+            yield dict(zip(header, cells)), path_column, label_column
+
+
+def _split(line: str) -> tuple[str, str | None]:
+    """`path`, `path<tab>label`, or, as Caffe's lists have it, `path.jpg 65`."""
+    if "\t" in line:
+        path, _, label = line.partition("\t")
+        return path, label.strip()
+    path, _, label = line.rpartition(" ")
+    if label.isdecimal() and is_image_name(path):
+        return path, label
+    return line.strip(), None
+
+
+def _columns(names: Iterable[str], place: str) -> tuple[str, str]:
+    lower = {name.strip().lower(): name for name in reversed(list(names))}
+    path = next((lower[name] for name in PATHS if name in lower), None)
+    if path is None:
+        raise ValueError(f"{place} has no column of paths: name one `path`; it has {', '.join(lower.values())}")
+    return path, next((lower[name] for name in LABELS if name in lower), "")
+
+
+def _parquet(place: str) -> Iterator[tuple[Row, str, str]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{place}: reading Parquet takes pyarrow: pip install pyarrow") from None
+    source: Any = io.BytesIO(destination.read(place)) if is_remote(place) else local_path(place)
+    with pyarrow.parquet.ParquetFile(source) as file:
+        path_column, label_column = _columns(file.schema_arrow.names, place)
+        for batch in file.iter_batches(8192):
+            for row in batch.to_pylist():
+                yield row, path_column, label_column
+
+
+def _opened(place: str) -> TextIO:
+    if is_remote(place):
+        return io.TextIOWrapper(io.BytesIO(destination.read(place)), "utf-8", "surrogateescape", newline="")
+    if not Path(local_path(place)).exists():
+        raise FileNotFoundError(f"no such list: {place}")
+    return local_path(place).open(encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:
+    """The entries with the labels of a file: names and labels, or labels alone in the order of the names.
+
+    Names may be whole, without their folders, or without their extension. ValueError when an image has no label, or
+    when the number of labels is another than that of images.
+    """
+    with _opened(place) as file:
+        lines = [line.strip() for line in file if line.strip()]
+    if not lines:
+        raise ValueError(f"{place} is empty")
+    if not any(mark in lines[0] for mark in " ,\t"):
+        listed = sorted(entries, key=lambda entry: entry.name)
+        if len(listed) != len(lines):
+            raise ValueError(
+                f"{place} has {len(lines):,} labels and no names, for {len(listed):,} images: as many are needed"
+            )
+        yield from (entry._replace(label=label) for entry, label in zip(listed, lines))
+        return
+    table = {}
+    for line in lines:
+        name, label = _name_and_label(line)
+        table[name] = label
+    for entry in entries:
+        base = entry.name.rpartition("/")[2]
+        stem = base.removesuffix("." + base.rpartition(".")[2])
+        known = next((name for name in (entry.name, base, stem) if name in table), None)
+        if known is None:
+            raise ValueError(f"{place} has no label for {entry.name}, among {len(table):,} as for {next(iter(table))}")
+        yield entry._replace(label=table[known])
+
+
+def _name_and_label(line: str) -> tuple[str, str]:
+    """`name,label`, `name<tab>label` or `name label`; of Kaggle's `name,n01440764 10 20 30 40` the first word."""
+    for mark in "\t,":
+        if mark in line:
+            name, _, label = line.partition(mark)
+            words = label.split()
+            return name.strip(), words[0] if len(words) > 1 and len(words) % 5 == 0 else label.strip()
+    name, _, label = line.rpartition(" ")
+    return name.strip(), label
+
+
+def class_names(place: str) -> list[str]:
+    """Class names in the order of their numbers: lines of a text file, or those of a manifest.json or of its folder."""
+    if not is_remote(place) and local_path(place).is_dir():
+        place = f"{place}/manifest.json"
+    if extension(place) == "json":
+        names = [str(name) for name in json.loads(destination.read(place)).get("classes", [])]
+    else:
+        with _opened(place) as file:
+            names = [line.strip() for line in file if line.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{place} names no classes" if not names else f"{place} names a class twice")
+    return names
