@@ -1,8 +1,9 @@
 """Checkpoints that a crash, a full disk or a flipped bit cannot turn into a lost run.
 
-Written beside, fsynced, renamed: a file named step_00000100.pt is whole. Read back only after every record's checksum (the CRC-32 that
-torch.save's zip container holds) agrees; when the newest is damaged the one before it is taken. Nothing is unpickled but tensors and
-plain values (`weights_only`)."""
+Written beside, fsynced, renamed: a file named step_00000100.pt is whole. Read back only after every record's checksum
+(the CRC-32 that torch.save's zip container holds) agrees; when the newest is damaged the one before it is taken.
+Nothing is unpickled but tensors and plain values (`weights_only`).
+"""
 
 import os
 import sys
@@ -20,8 +21,10 @@ def directory(run_dir: str | Path) -> Path:
 
 
 def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, keep_every: int = 0) -> Path:
-    """Writes RUN/checkpoints/step_{step:08d}.pt, then removes all but the `keep` newest and those whose step is a multiple of
-    `keep_every` (in steps; 0: none). Raises OSError when the file cannot be written; the older checkpoints are then untouched."""
+    """Writes RUN/checkpoints/step_{step:08d}.pt, then removes all but the `keep` newest and those whose step is a
+    multiple of `keep_every` (in steps; 0: none). Raises OSError when the file cannot be written; the older
+    checkpoints are then untouched.
+    """
     folder = directory(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
@@ -60,7 +63,9 @@ def latest(run_dir: str | Path) -> Path | None:
 
 
 def load(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
-    """Verifies every record's checksum, then reads. Raises FileNotFoundError, and ValueError when the file is damaged."""
+    """Verifies every record's checksum, then reads. Raises FileNotFoundError, and ValueError when the file is
+    damaged.
+    """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as records:
@@ -75,8 +80,9 @@ def load(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
 
 
 def load_newest(run_dir: str | Path, map_location: str = "cpu") -> dict[str, Any] | None:
-    """The newest checkpoint that verifies, warning about each damaged one passed over; None when the folder holds none. Raises
-    ValueError when it holds some and all are damaged."""
+    """The newest checkpoint that verifies, warning about each damaged one passed over; None when the folder holds
+    none. Raises ValueError when it holds some and all are damaged.
+    """
     steps = list_steps(run_dir)
     for step in reversed(steps):
         try:
@@ -91,8 +97,9 @@ def load_newest(run_dir: str | Path, map_location: str = "cpu") -> dict[str, Any
 
 
 def snapshot(state: Any) -> Any:
-    """The state with every tensor copied to the host, so that training may go on while it is written. The copy is the only part
-    of saving that training waits for."""
+    """The state with every tensor copied to the host, so that training may go on while it is written. The copy is the
+    only part of saving that training waits for.
+    """
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -103,7 +110,9 @@ def snapshot(state: Any) -> Any:
 
 
 class Writer:
-    """Writes snapshots in a background thread, one at a time. A write that fails is a warning, not the end of the run."""
+    """Writes snapshots in a background thread, one at a time. A write that fails is a warning, not the end of the
+    run.
+    """
 
     def __init__(self, run_dir: str | Path, *, keep: int, keep_every: int = 0) -> None:
         self.run_dir, self.keep, self.keep_every = Path(run_dir), keep, keep_every

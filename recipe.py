@@ -1,5 +1,6 @@
-"""What a run is: one flat, frozen, typed record. Every field is a flag of train.py and a key of recipes/*.yaml; nothing below the
-entry point sees it (pipeline and model take plain arguments)."""
+"""What a run is: one flat, frozen, typed record. Every field is a flag of train.py and a key of recipes/*.yaml;
+nothing below the entry point sees it (pipeline and model take plain arguments).
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Recipe:
     knn_data: str = _("", "labelled source whose images the kNN monitor classifies")
     knn_train: str = _("", "labelled source it looks the neighbours up in; empty: data, which must then have labels")
     knn_every: int = _(0, "epochs; 0: off")
+    knn_features: Literal["backbone", "head"] = _("backbone", "what kNN compares; the reference CIFAR-10 demo: head")
     trackers: tuple[str, ...] = _(
         ("tensorboard",), "accelerate's trackers beside metrics.jsonl: tensorboard, wandb, ..."
     )
@@ -115,8 +117,9 @@ class Recipe:
         return self.batch_size // (ranks * self.accumulate)
 
     def bn_groups_per_rank(self, ranks: int) -> int:
-        """`bn_groups` counts the groups of the whole batch, so that the result does not depend on how many ranks share it; a rank
-        has at least one. Raises ValueError when the groups do not divide."""
+        """`bn_groups` counts the groups of the whole batch, so that the result does not depend on how many ranks
+        share it; a rank has at least one. Raises ValueError when the groups do not divide.
+        """
         images = self.images_per_rank(ranks)
         groups = max(1, self.bn_groups // ranks)
         if self.bn_groups > ranks and self.bn_groups % ranks:
@@ -128,8 +131,29 @@ class Recipe:
 
 # What may differ between the command that began a run and one that continues it; `data` only with the same fingerprint.
 CHANGEABLE = frozenset(
-    "data out epochs max_steps accumulate compile num_threads log_every save_every keep_checkpoints keep_every knn_data knn_train "
-    "knn_every trackers max_bad_fraction cache_dir cache_gb hang_seconds profile".split()
+    {
+        "data",
+        "out",
+        "epochs",
+        "max_steps",
+        "accumulate",
+        "compile",
+        "num_threads",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "keep_every",
+        "knn_data",
+        "knn_train",
+        "knn_every",
+        "knn_features",
+        "trackers",
+        "max_bad_fraction",
+        "cache_dir",
+        "cache_gb",
+        "hang_seconds",
+        "profile",
+    }
 )
 
 
@@ -149,13 +173,13 @@ def parser() -> ArgumentParser:
 
 def parse(arguments: list[str] | None = None) -> Recipe:
     """From the command line. Prints one error and exits with 2 when an argument is not understood."""
-    values = parser().parse_args(arguments).as_dict()
-    values.pop("config", None)
-    return _freeze(values)
+    return _freeze(parser().parse_args(arguments).as_dict())
 
 
 def load(path: str | Path) -> Recipe:
-    """Reads a YAML of fields, such as RUN/recipe.yaml. Raises FileNotFoundError, and ValueError naming an unknown key."""
+    """Reads a YAML of fields, such as RUN/recipe.yaml. Raises FileNotFoundError, and ValueError naming an unknown
+    key.
+    """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text()) or {}
@@ -188,5 +212,5 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def _freeze(values: dict[str, Any]) -> Recipe:
-    values.pop("config", None)
-    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "config"}
+    return Recipe(**fields)

@@ -1,5 +1,6 @@
-"""What continuing a run needs beside the checkpoint's file: may this recipe continue it, which checkpoint do all ranks take, and the
-random generators."""
+"""What continuing a run needs beside the checkpoint's file: may this recipe continue it, which checkpoint do all
+ranks take, and the random generators.
+"""
 
 import random
 from pathlib import Path
@@ -15,8 +16,9 @@ from recipe import CHANGEABLE, Recipe
 
 
 def compare_recipes(out: Path, r: Recipe) -> list[str]:
-    """Against RUN/recipe.yaml, if there is one: a line for each field that differs and may. Raises ValueError naming those that may
-    not, because the run would not be the same experiment."""
+    """Against RUN/recipe.yaml, if there is one: a line for each field that differs and may. Raises ValueError naming
+    those that may not, because the run would not be the same experiment.
+    """
     path = out / "recipe.yaml"
     if not path.is_file():
         return []
@@ -35,7 +37,9 @@ def compare_recipes(out: Path, r: Recipe) -> list[str]:
 
 
 def load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | None:
-    """The newest checkpoint that verifies; rank 0 chooses, so that all ranks take the same one. None when there is none."""
+    """The newest checkpoint that verifies; rank 0 chooses, so that all ranks take the same one. None when there is
+    none.
+    """
     if group is None:
         return checkpoint.load_newest(out)
     message: list[Any] = [None, ""]
@@ -54,15 +58,16 @@ def load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | 
         try:
             state = checkpoint.load(checkpoint.path_of(out, step))
         except FileNotFoundError:
-            raise ValueError(
-                f"{checkpoint.path_of(out, step)} is not to be seen here: --out must be on storage that all machines share"
-            ) from None
+            path = checkpoint.path_of(out, step)
+            raise ValueError(f"no {path} here: --out must be on storage that all machines share") from None
     return state
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of this rank's generators, in plain values and tensors. Order, views, shuffles and queue do not depend on them; dropout would."""
-    numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is what others may draw from
+    """Of this rank's generators, in plain values and tensors. Order, views, shuffles and queue do not depend on them;
+    dropout would.
+    """
+    numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is what others may draw from
     return {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

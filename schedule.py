@@ -19,9 +19,10 @@ def learning_rate(
 ) -> float:
     """The rate of optimiser step `step`, counted from 0.
 
-    "step" and "cosine" change once an epoch, as the reference code does: lr * decay**(milestones passed), and
-    lr * (1 + cos(pi * epoch / epochs)) / 2. "exponential" is the IG-1B schedule of MoCo v1 (section 4): lr * decay**(step // decay_steps).
-    A warm-up multiplies the schedule by a line that reaches 1 at the end of `warmup_epochs`; the papers have none.
+    "step" and "cosine" change once an epoch, as the reference code does: lr * decay**(milestones passed), and lr * (1
+    + cos(pi * epoch / epochs)) / 2. "exponential" is the IG-1B schedule of MoCo v1 (section 4): lr * decay**(step //
+    decay_steps). A warm-up multiplies the schedule by a line that reaches 1 at the end of `warmup_epochs`; the papers
+    have none.
     """
     epoch = step // steps_per_epoch
     if schedule == "step":

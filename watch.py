@@ -1,6 +1,8 @@
 """What a run says about itself: the means since the last log step, where they are written, and warnings that explain.
 
-Between log steps nothing here waits for the device: losses stay tensors, and the time it idles for data is taken with CUDA events."""
+Between log steps nothing here waits for the device: losses stay tensors, and the time it idles for data is taken with
+CUDA events.
+"""
 
 import json
 import math
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-FIELDS = ("loss", "pretext_accuracy", "positive", "negative")  # of a row
+FIELDS = ("loss", "accuracy", "positive_logit", "negative_logit")  # of a row
 
 
 class Window:
@@ -35,7 +37,9 @@ class Window:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the call that fetches the batch. On a GPU: the time between the end of the last step's kernels and the batch."""
+        """Around the call that fetches the batch. On a GPU: the time between the end of the last step's kernels and
+        the batch.
+        """
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -53,8 +57,9 @@ class Window:
         self.steps += 1
 
     def settle(self, gather: Any) -> tuple[int, int, float] | None:
-        """Reads the pending rows of all ranks (this waits for the device). Returns the first (step, rank, loss) that is not finite,
-        the same on every rank, or None. `gather` puts the ranks' tensors one after another."""
+        """Reads the pending rows of all ranks (this waits for the device). Returns the first (step, rank, loss) that
+        is not finite, the same on every rank, or None. `gather` puts the ranks' tensors one after another.
+        """
         if not self.pending:
             return None
         mine = torch.stack([row for _, row, _ in self.pending])  # [n, 4]
@@ -71,10 +76,17 @@ class Window:
         """Of one pending step, on this rank."""
         return next((ids.tolist() for s, _, ids in self.pending if s == step), [])
 
-    def means(self, images_per_step: int) -> dict[str, float]:
-        """Of all rows settled since the last call, with the speed and the share of time lost waiting for data; restarts the clock."""
-        count = max(1, len(self.settled))
+    def means(self, images_per_step: int, temperature: float) -> dict[str, float]:
+        """Of the rows settled since the last call, with the speed and the share of time lost waiting for data; restarts
+        the clock. Empty when there are no rows: every step was skipped.
+        """
+        if not self.settled:
+            self.restart()
+            return {}
+        count = len(self.settled)
         values = {name: sum(column) / count for name, column in zip(FIELDS, zip(*self.settled))}
+        for name in ("positive_logit", "negative_logit"):  # the rows have cosines
+            values[name] /= temperature
         self.settled.clear()
         seconds = max(time.perf_counter() - self.began, 1e-9)
         waited = self.waits + sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
@@ -83,12 +95,11 @@ class Window:
         self.restart()
         return values
 
-    def state(self) -> list[list[float]]:
-        return [list(row) for row in self.settled]
-
 
 class Log:
-    """metrics.jsonl, and the progress bar or, where the output is no terminal, a plain line every ten seconds. On rank 0 only."""
+    """metrics.jsonl, and the progress bar or, where the output is no terminal, a plain line every ten seconds. On
+    rank 0 only.
+    """
 
     def __init__(self, run_dir: Path, *, step: int, total: int, enabled: bool) -> None:
         self.path, self.total, self.enabled, self.printed = run_dir / "metrics.jsonl", total, enabled, 0.0
@@ -111,7 +122,7 @@ class Log:
             with self.path.open("a") as file:
                 file.write(json.dumps({k: _rounded(k, v) for k, v in values.items()}) + "\n")
         except OSError as error:  # a full disk costs the line, not the run
-            self.warn("metrics", f"cannot write {self.path}: {error}")
+            self.warn({"metrics": f"cannot write {self.path}: {error}"})
         if "loss" not in values:
             return
         step, speed = values["step"], values["images_per_second"]
@@ -130,11 +141,12 @@ class Log:
             tqdm.write(text, file=sys.stdout if self.bar is None else sys.stderr)
             sys.stdout.flush()
 
-    def warn(self, kind: str, text: str) -> None:
-        """Once a kind and process."""
-        if self.enabled and kind not in self.said:
-            self.said.add(kind)
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+    def warn(self, found: dict[str, str]) -> None:
+        """kind -> text; each kind is said once in a process."""
+        for kind, text in found.items():
+            if self.enabled and kind not in self.said:
+                self.said.add(kind)
+                tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -142,7 +154,9 @@ class Log:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Removes what a killed run logged after its last checkpoint, and a line it did not finish: those steps come again."""
+    """Removes what a killed run logged after its last checkpoint, and a line it did not finish: those steps come
+    again.
+    """
     if not path.is_file():
         return
     kept = []
@@ -157,47 +171,53 @@ def drop_lines_after(path: Path, step: int) -> None:
     beside.replace(path)
 
 
-def warnings_before(
-    *, samples: int, batch_size: int, queue_size: int, lr: float, warmup_epochs: int, ranks: int
-) -> dict[str, str]:
+def warnings_before(samples: int, batch_size: int, queue_size: int, lr: float, warmup_epochs: int) -> dict[str, str]:
     """What the numbers alone say, before the first step: kind -> explanation."""
     found = {}
     if queue_size > samples / 10:
         found["queue"] = (
-            f"queue_size {queue_size} is {queue_size / samples:.0%} of the {samples} images: so often is an image's own key among its "
-            f"negatives; at most a tenth ({samples // 10}) is usual (the paper's is 5 % of ImageNet)"
+            f"queue_size {queue_size} is {queue_size / samples:.0%} of the {samples} images: an image's own key of an "
+            f"earlier step is often among its negatives. At most a tenth, {samples // 10}, is usual (the papers: 5 %)"
         )
     if batch_size > 1024 and not warmup_epochs:
         found["batch"] = (
-            f"batch_size {batch_size} with lr {lr} and no warm-up: batches above 1024 are known to fail that way; try warmup_epochs 10"
+            f"batch_size {batch_size} with lr {lr} and no warm-up: SGD is known to fail that way above 1024; "
+            "try warmup_epochs 10"
         )
     return found
 
 
 def warnings_during(
-    metrics: dict[str, float], queue_size: int, batch_size: int, bottleneck: str, stages: dict[str, float]
+    metrics: dict[str, Any], queue_size: int, batch_size: int, bottleneck: str, stages: dict[str, float]
 ) -> dict[str, str]:
-    """What the numbers of one log step say: kind -> explanation. Silent until the queue was filled twice and 300 steps have gone by:
-    a loss that rises from 0 to near chance, and accuracies of 100 %, are how a young queue looks."""
-    found = {}
-    chance = math.log(queue_size + 1)
-    young = metrics["step"] < max(300, 2 * queue_size / batch_size + 200)
-    if not young and metrics["loss"] > 0.98 * chance:
+    """What the numbers of one log step say: kind -> explanation.
+
+    About loss and accuracy it is silent until the queue was filled twice and 300 steps have gone by: a loss that rises
+    from 0 to near chance and accuracies of 100 % are how a young queue looks.
+    """
+    found: dict[str, str] = {}
+    if "loss" not in metrics:
+        return found
+    step, chance = metrics["step"], math.log(queue_size + 1)
+    old = step >= 300 + 2 * queue_size / batch_size
+    if old and metrics["loss"] > 0.98 * chance:
         found["chance"] = (
-            f"at step {metrics['step']:.0f} the loss is {metrics['loss']:.2f}, that of chance is ln(queue_size + 1) = {chance:.2f}: queries do "
-            f"not find their keys. Usual causes: lr ({metrics['lr']:.3g}) too high for the batch, moco_momentum too low, images that all look alike"
+            f"at step {step} the loss is {metrics['loss']:.2f}; ln(queue_size + 1) = {chance:.2f} is that of chance: "
+            f"queries do not find their keys. Usual causes: lr {metrics['lr']:.3g} too high for batch {batch_size}, "
+            "moco_momentum too low, images that all look alike"
         )
-    if not young and metrics["pretext_accuracy"] > 0.99:
+    if old and metrics["accuracy"] > 0.99:
         found["shortcut"] = (
-            f"at step {metrics['step']:.0f} the pretext accuracy is {metrics['pretext_accuracy']:.1%}: the encoder finds its keys by something "
-            "easier than the image. Usual causes: shuffle_bn false or one batch-norm group (statistics leak), duplicates missing from "
-            "the views (crop_min near 1), a queue that is too small"
+            f"at step {step} pretext accuracy is {metrics['accuracy']:.1%}: the encoder finds its keys by something "
+            "easier than the image. Usual causes: batch-norm statistics that give them away (shuffle_bn false, too few "
+            "bn_groups), views that are too alike (crop_min near 1), a small queue_size"
         )
-    if metrics["data_wait"] > 0.10 and metrics["step"] > 50:
+    if step > 50 and metrics["data_wait"] > 0.10:
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
         found["data"] = (
-            f"{metrics['data_wait']:.0%} of the time is spent waiting for data; the slowest stage is {bottleneck} ({parts}). More CPU threads "
-            "(num_threads), smaller stored images (make_shards --resize) or a local copy or cache (cache_dir) help"
+            f"{metrics['data_wait']:.0%} of the time is spent waiting for data; the slowest stage is {bottleneck} "
+            f"({parts}). What helps: more num_threads, smaller stored images (make_shards --resize), a cache_dir for "
+            "remote shards"
         )
     return found
 
@@ -215,7 +235,9 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 
 def _rounded(name: str, value: Any) -> Any:
-    """Six digits are enough for people and plots; losses are written whole, so that two runs can be compared bit by bit."""
+    """Six digits are enough for people and plots; losses are written whole, so that two runs can be compared bit by
+    bit.
+    """
     return float(f"{value:.6g}") if isinstance(value, float) and name not in ("loss", "lr") else value
 
 

@@ -1,5 +1,9 @@
-"""Several processes as one run: they agree before the first step, stop at the same step, and end together when one dies or hangs."""
+"""Several processes as one run: they agree before the first step, stop at the same step, and end together when one
+dies or hangs.
+"""
 
+import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -7,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,14 +22,31 @@ BEAT = 1.0  # seconds between two signs of life
 PATIENT = 1800.0  # seconds that start-up, kNN and saving may take
 
 
-def control_group() -> dist.ProcessGroup | None:
+Places = dict[int, tuple[int, int, str, str]]  # rank -> phases gone through, step, phase, host and process
+
+
+class CommonError(ValueError):
+    """Raised alike on all ranks, so that one of them reports it."""
+
+
+def control_group() -> Any:
     """A gloo group for messages between hosts that must not touch the GPU; None when there is one process."""
     return dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
+def die_with_launcher() -> None:
+    """Asks Linux for a SIGTERM when the parent ends: `accelerate launch` leaves its child behind when it is told to
+    stop.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
 def agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) -> None:
-    """All ranks call it once set up. Raises the same ValueError on every rank when any of them met a `problem` or when their `facts`
-    differ, naming ranks and facts; without it they would hang in the first collective, or train on different things."""
+    """All ranks call it once set up. Raises CommonError on every rank when any of them met a `problem` or
+    when their `facts` differ, naming ranks and facts; without it they would hang in the first collective, or train on
+    different things.
+    """
     if group is None:
         everyone: list[Any] = [(facts, problem)]
     else:
@@ -33,7 +55,7 @@ def agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) 
     problems = [(rank, text) for rank, (_, text) in enumerate(everyone) if text]
     if problems:
         rank, text = problems[0]
-        raise ValueError(text if len(problems) == len(everyone) else f"rank {rank}: {text}")
+        raise CommonError(text if len(problems) == len(everyone) else f"rank {rank}: {text}")
     first = everyone[0][0]
     lines = [
         f"rank {rank} has {name} {other[name]!r}, rank 0 has {first[name]!r}"
@@ -42,7 +64,7 @@ def agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) 
         if other[name] != first[name]
     ]
     if lines:
-        raise ValueError("the ranks were not started alike: " + "; ".join(lines[:8]))
+        raise CommonError("the ranks were not started alike: " + "; ".join(lines[:8]))
 
 
 class Stop:
@@ -50,7 +72,8 @@ class Stop:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group, self.name = group, ""
-        self._flag, self._work = torch.zeros(1), None
+        self._flag = torch.zeros(1)
+        self._work: Any = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             # A second signal changes nothing: torchrun forwards the terminal's SIGINT that the rank already got itself.
             signal.signal(number, self._ask)
@@ -59,8 +82,9 @@ class Stop:
         self.name = signal.Signals(number).name
 
     def asked(self) -> bool:
-        """Call once a step. Each call sends this rank's wish and returns the ranks' common wish as of the call before: no waiting,
-        and no device involved."""
+        """Call once a step. Each call sends this rank's wish and returns the ranks' common wish as of the call
+        before: no waiting, and no device involved.
+        """
         if self.group is None:
             return bool(self.name)
         if self._work is not None:
@@ -72,10 +96,13 @@ class Stop:
 
 
 class Watchdog(threading.Thread):
-    """Where this rank is, told to the others every second through the rendezvous store; ends the process when any rank is lost.
+    """Where this rank is, told to the others every second through the rendezvous store; ends the process when any
+    rank is lost.
 
-    A rank is lost when it gives no sign of life for `seconds`, or when nobody makes progress for that long (or five times the slowest
-    step so far): then the one that is behind is named. Only a process that is gone cannot say so itself, hence the others do."""
+    A rank is lost when it gives no sign of life for `seconds`, or when nobody makes progress for that long (or five
+    times the slowest step so far): then the one that is behind is named. Only a process that is gone cannot say so
+    itself, hence the others do.
+    """
 
     def __init__(self, rank: int, ranks: int, seconds: float) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -143,7 +170,7 @@ class Watchdog(threading.Thread):
                 self._end(self._describe(others, behind, what), behind, others)
 
     def lost(self, patience: float = 3.5) -> str:
-        """After a collective failed: who is gone, as far as can be seen within `patience` seconds; "" when nobody is."""
+        """After a collective failed: who is gone, as far as `patience` seconds show; "" when nobody is."""
         if self._store is None:
             return ""
         deadline = time.monotonic() + patience
@@ -170,7 +197,7 @@ class Watchdog(threading.Thread):
             line = f"{self.ticks}|{self.step}|{self.name_of_phase}|{self._where}|{time.monotonic()}"
             self._store.set(str(self.rank), line)
 
-    def _read(self) -> dict[int, tuple[int, int, str, str]]:
+    def _read(self) -> Places:
         if self._store is None:
             return {self.rank: (self.ticks, self.step, self.name_of_phase, self._where)}
         now, others = time.monotonic(), {}
@@ -181,23 +208,21 @@ class Watchdog(threading.Thread):
             others[rank] = (int(ticks), int(step), phase, where)
         return others
 
-    def _describe(self, others: dict[int, tuple[int, int, str, str]], ranks: list[int], what: str) -> str:
+    def _describe(self, others: Places, ranks: list[int], what: str) -> str:
         return "; ".join(
             f"rank {r} ({others[r][3].replace(' ', ' process ')}) at step {others[r][1]} in {others[r][2]!r}: {what}"
             for r in ranks
         )
 
-    def _end(self, message: str, culprits: list[int] = [], others: dict[int, tuple[int, int, str, str]] = {}) -> None:  # noqa: B006
+    def _end(self, message: str, culprits: Sequence[int] = (), others: Places | None = None) -> None:
         speaker = min((r for r in range(self.ranks) if r not in culprits), default=0)
         if self.rank in (speaker, *culprits):
             print(f"error: rank {self.rank} ends the run: {message}", file=sys.stderr, flush=True)
         if self.rank in culprits:
             faulthandler.dump_traceback(all_threads=True)  # where it hangs
         for r in culprits:
-            host, pid = others[r][3].split(" ")
+            host, pid = others[r][3].split(" ") if others else ("", "")
             if r != self.rank and host == socket.gethostname():
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)  # a stopped process does not end itself
-                except ProcessLookupError:
-                    pass
         os._exit(1)

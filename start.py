@@ -1,0 +1,161 @@
+"""What has to be there before the first step: options that work here, data, network, dictionary, monitor."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.batchnorm import batchnorm_shortcut, split_batchnorm
+from model.encoders import Encoder, build_encoder
+from model.mechanisms import EndToEnd, MemoryBank
+from model.moco import MoCo
+from pipeline import views
+from pipeline.loader import Loader
+from pipeline.manifest import Source, open_source
+from recipe import Recipe
+from transfer import knn
+from watch import Log, warnings_before
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+def check_options(r: Recipe) -> None:
+    """Raises ValueError for a kind of view or a package that is not there."""
+    if r.views not in views.RECIPES:
+        raise ValueError(f"views {r.views!r} is none of {', '.join(views.RECIPES)}")
+    for name in r.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"tracker {name} is not installed: pip install {name}, or leave it out of --trackers")
+
+
+def open_in_turn(r: Recipe, rank: int, control: dist.ProcessGroup | None) -> Source:
+    """Rank 0 first: a missing index or manifest is built once, and then it is there."""
+
+    def opened() -> Source:
+        size = int(r.cache_gb * 2**30)
+        return open_source(r.data, cache_dir=r.cache_dir or None, cache_bytes=size, progress=rank == 0)
+
+    try:
+        if rank == 0:
+            return opened()
+    finally:
+        if control is not None:
+            dist.barrier(group=control)
+    return opened()
+
+
+def open_loader(r: Recipe, source: Source, rank: int, ranks: int, device: torch.device) -> Loader:
+    Path(r.out).mkdir(parents=True, exist_ok=True)
+    return Loader(
+        source,
+        views=r.views,
+        image_size=r.image_size,
+        crop_min=r.crop_min,
+        batch_size=r.batch_size,
+        seed=r.seed,
+        rank=rank,
+        world_size=ranks,
+        device="cpu" if device.type == "cpu" else str(device),
+        dtype=DTYPES[r.precision],
+        num_threads=r.num_threads or None,
+        quarantine=Path(r.out) / "quarantine.jsonl",
+        max_bad_fraction=r.max_bad_fraction,
+        cache_dir=r.cache_dir or None,
+        cache_bytes=int(r.cache_gb * 2**30),
+    )
+
+
+def build_net(r: Recipe, ranks: int) -> Encoder:
+    """The query encoder, its batch norm split into this rank's share of the groups. The seed is set right before, so
+    that every rank, and transfer's untrained baseline, has the same weights. Raises ValueError when batch norm would
+    leak.
+    """
+    groups = r.bn_groups_per_rank(ranks)
+    torch.manual_seed(r.seed)
+    net = build_encoder(r.arch, width=r.width, small_stem=r.small_stem, dim=r.dim, mlp=r.mlp)
+    shortcut = batchnorm_shortcut(net, world_size=ranks, bn_groups=groups, shuffle_bn=r.shuffle_bn)
+    if shortcut and r.shuffle_bn and r.mechanism != "memory_bank":  # with shuffle_bn false it is meant
+        raise ValueError(shortcut)
+    return split_batchnorm(net, groups)
+
+
+def build_dictionary(
+    r: Recipe, net: Encoder, ranks: int, samples: int, device: torch.device
+) -> MoCo | EndToEnd | MemoryBank:
+    """One of the three mechanisms of the paper's figure 2."""
+    if r.mechanism == "end_to_end":
+        return EndToEnd(net, temperature=r.temperature, shuffle_bn=r.shuffle_bn, seed=r.seed)
+    if r.mechanism == "memory_bank":
+        return MemoryBank(
+            samples, dim=r.dim, num_negatives=r.queue_size, temperature=r.temperature, seed=r.seed, device=device
+        )
+    return MoCo(
+        net,
+        dim=r.dim,
+        queue_size=r.queue_size,
+        temperature=r.temperature,
+        bn_groups=r.bn_groups_per_rank(ranks),
+        shuffle_bn=r.shuffle_bn,
+        seed=r.seed,
+    )
+
+
+def open_monitor(
+    r: Recipe, source: Source, rank: int, ranks: int
+) -> Callable[[nn.Module, torch.device, AbstractContextManager[Any]], float]:
+    """A function (net, device, autocast) -> kNN accuracy on knn_data, the same on all ranks. ValueError without
+    labels.
+    """
+    bank = open_source(r.knn_train, progress=False) if r.knn_train else source
+    val = open_source(r.knn_data, progress=False)
+    if not bank.classes:
+        raise ValueError(f"{r.knn_train or r.data} has no classes to vote with; give a labelled source as --knn_train")
+
+    def monitor(net: nn.Module, device: torch.device, autocast: AbstractContextManager[Any]) -> float:
+        # A copy with rank 0's batch-norm statistics, which are the ones in the checkpoint: each rank has its own, and
+        # the one that trains is not touched.
+        judged = copy.deepcopy(net)
+        if ranks > 1:
+            for buffer in judged.buffers():
+                dist.broadcast(buffer, src=0)
+        with autocast:
+            return knn.monitor(
+                judged,
+                bank,
+                val,
+                features=r.knn_features,
+                image_size=r.image_size,
+                mean_std=views.mean_std(r.views),
+                rank=rank,
+                world_size=ranks,
+                device=device,
+                num_threads=r.num_threads or None,
+            )
+
+    return monitor
+
+
+def introduce(
+    log: Log, r: Recipe, samples: int, ranks: int, step: int, total: int, per_epoch: int, notes: list[str]
+) -> None:
+    """What is about to run, and what its numbers alone say about it."""
+    each, groups = r.images_per_rank(ranks), r.bn_groups_per_rank(ranks)
+    log.say(
+        f"{samples} images, {per_epoch} steps an epoch, steps {step} to {total}; {ranks} ranks x {r.accumulate} x "
+        f"{each} images, batch norm over groups of {each // groups} ({groups * ranks} groups)"
+    )
+    rule = 0.03 * r.batch_size / 256
+    log.say(f"lr {r.lr} for a global batch of {r.batch_size}; in proportion to the papers' 0.03 per 256: {rule:.4g}")
+    for note in notes:
+        log.say(f"note: {note}")
+    log.warn(warnings_before(samples, r.batch_size, r.queue_size, r.lr, r.warmup_epochs))
+    if r.bn_groups < ranks:
+        log.say(f"note: bn_groups {r.bn_groups} is below the {ranks} ranks: each rank is a group")
+    if not r.shuffle_bn:
+        log.say("note: shuffle_bn is off: query and key share batch statistics (the paper's negative control)")
