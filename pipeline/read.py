@@ -139,7 +139,9 @@ class Reader:
         manifests, shards, rows, sample_ids, epochs = (column.copy() for column in draw)
         for i in sorted(bad):
             place = int(manifests[i]), int(shards[i]), int(rows[i])
-            self.reject(*place, bad[i])
+            self.bad += 1
+            self._write_down(*place, bad[i])
+            self._judge(*place, bad[i])
             if replace:
                 shards[i], rows[i], sample_ids[i], encoded[i], heights[i], widths[i] = self.replacement(*place)
         draw = Draw(manifests, shards, rows, sample_ids, epochs)
@@ -192,9 +194,8 @@ class Reader:
     def sample_id(self, m: int, shard: int, row: int) -> int:
         return int(self.source.id_offsets[m] + self.source.manifests[m].offsets[shard]) + row
 
-    def reject(self, m: int, shard: int, row: int, reason: str) -> None:
-        """Counts a bad sample and writes it down if nobody has yet. ValueError past `max_bad_fraction`."""
-        self.bad += 1
+    def _write_down(self, m: int, shard: int, row: int, reason: str) -> None:
+        """Puts a bad sample into the quarantine, if nobody has yet."""
         sample_id = self.sample_id(m, shard, row)
         manifest = self.source.manifests[m]
         if sample_id not in self.quarantine.reasons:
@@ -206,12 +207,16 @@ class Reader:
                 "reason": reason,
             }
             self.quarantine.add(line)
+
+    def _judge(self, m: int, shard: int, row: int, reason: str) -> None:
+        """ValueError past `max_bad_fraction`."""
         judged = max(self.drawn, min(self.source.samples, FEWEST_TO_JUDGE))
         if self.bad > self.max_bad_fraction * judged:
             where = f"; see {self.quarantine.path}" if self.quarantine.path else ""
+            name = self.source.manifests[m].shards[shard].path
             raise ValueError(
                 f"{self.bad:,} of {self.drawn:,} samples read are bad, more than max_bad_fraction "
-                f"{self.max_bad_fraction:g} allows; last {manifest.shards[shard].path} row {row}: {reason}{where}"
+                f"{self.max_bad_fraction:g} allows; last {name} row {row}: {reason}{where}"
             )
 
     def replacement(self, m: int, shard: int, row: int) -> tuple[int, int, int, np.ndarray, int, int]:
@@ -230,7 +235,7 @@ class Reader:
                     continue
                 result = self._screened(self._fetch(self._place(m, other), r))
                 if isinstance(result, str):
-                    self.reject(m, other, r, result)
+                    self._write_down(m, other, r, result)
                 else:
                     return other, r, sample_id, *result
         raise ValueError(f"no sample of source {self.source.names[m]} can be decoded")
