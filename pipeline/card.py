@@ -121,5 +121,7 @@ def split_root(names: list[str]) -> tuple[str, list[str]]:
     depth = next((i for i, level in enumerate(zip(*parts)) if len(set(level)) > 1), min(map(len, parts)))
     if depth == 0:
         return ".", names
+    if is_remote(names[0]) and depth < 3:
+        raise ValueError(f"{names[0]} and {names[-1]} are in different places: list them as sources of a YAML card")
     root = "/".join(parts[0][:depth])
     return root or "/", [name[len(root) + 1 :] for name in names]

@@ -19,12 +19,11 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 import xxhash
-from jsonargparse import ArgumentParser
 
 from pipeline.cache import locked
 from pipeline.card import Card, Entry, is_card, is_compressed, is_pattern, is_tar, read_card, short_name, split_root
 from pipeline.index import write_atomically
-from pipeline.scan import Expected, check_shards, index_shards
+from pipeline.scan import index_shards
 from pipeline.storage import Storage, is_remote, local_path
 
 FORMAT = 1
@@ -172,10 +171,12 @@ class Source:
 
 # --- opening ----------------------------------------------------------------------------------------------------------
 
-# Shards that a streamed source has in use at a time: this many lanes, each shuffling about this many bytes together.
+# A streamed source deals a batch from this many lanes, and shuffles together what all of them have in use: remote
+# shards of about so many bytes, which must be there before the first batch; local ones of about so many samples.
 STREAM_LANES = 8
-STREAM_BYTES = 4 << 30
-# A global shuffle touches every shard's index again and again, so all of them stay in memory: 32 bytes a sample.
+STREAM_BYTES = 1 << 30
+STREAM_SAMPLES = 2_000_000
+# A global shuffle touches every shard's index again and again, so all of them should stay in memory: 32 bytes a sample.
 GLOBAL_SHUFFLE_SAMPLES = 4_000_000
 
 
@@ -187,17 +188,16 @@ def open_source(
     workers: int | None = None,
     progress: bool = True,
 ) -> Source:
-    """Opens what `data` names: a folder of shards, one tar, a brace or glob pattern, any of these as a URL, or a
-    YAML card.
+    """Opens what `data` names: a folder of shards, a tar, a pattern of tars or folders, these as URLs, or a YAML card.
 
     Where there is no manifest it is built, once, with the indexes: in the folder itself, or in `cache_dir` (default:
     ~/.cache/moco-pipeline) when the folder is remote or cannot be written to.
 
-    Local sources of up to 4 million samples get a true global shuffle (1 lane). Larger and remote ones are streamed, 8
-    lanes
-    with about 4 GiB of shards shuffled together, so that indexes and cache stay small; a card's `lanes` and
-    `chunk_shards`
-    say otherwise. ValueError or FileNotFoundError, with the remedy, when there is nothing that can be used.
+    Local sources of up to 4 million samples get a true global shuffle (1 lane). Larger and remote ones are streamed: 8
+    lanes, with about 2 million samples (1 GiB of remote shards) shuffled together, so that indexes and cache stay small
+    and the first batch comes soon. A card's `lanes` and `chunk_shards` say otherwise.
+
+    ValueError or FileNotFoundError, with the remedy, when there is nothing that can be used.
     """
     card = read_card(local_path(data)) if is_card(data) else Card((Entry(data, None, short_name(data)),), None, None)
     storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
@@ -223,20 +223,21 @@ def open_source(
 
 
 def _default_order(manifests: Sequence[Manifest]) -> tuple[int, int | None]:
+    remote, samples = any(is_remote(m.shard_url(0)) for m in manifests), sum(m.samples for m in manifests)
     shards = sum(len(m.shards) for m in manifests)
-    streamed = (
-        any(is_remote(m.shard_url(0)) for m in manifests) or sum(m.samples for m in manifests) > GLOBAL_SHUFFLE_SAMPLES
-    )
     lanes = min(STREAM_LANES, *(len(m.shards) for m in manifests))
-    if not streamed or lanes < 2:
+    if lanes < 2 or not (remote or samples > GLOBAL_SHUFFLE_SAMPLES):
         return 1, None
-    mean_bytes = sum(s.bytes for m in manifests for s in m.shards) / shards
-    return lanes, max(1, int(STREAM_BYTES / (lanes * mean_bytes)))
+    size = sum(s.bytes for m in manifests for s in m.shards)
+    at_once = shards * (STREAM_BYTES / size if remote else STREAM_SAMPLES / samples)  # shards in use
+    return lanes, max(1, int(at_once / lanes))
 
 
 def _check_cache(source: Source, cache_bytes: int) -> None:
     remote = [s.bytes for m in source.manifests if is_remote(m.shard_url(0)) for s in m.shards]
-    in_use = len(remote) if source.chunk_shards is None else min(len(remote), 2 * source.lanes * source.chunk_shards)
+    in_use = len(remote)
+    if source.chunk_shards is not None:  # this chunk of each lane and the next, of each source
+        in_use = min(in_use, 2 * source.lanes * source.chunk_shards * len(source.manifests))
     if remote and (need := in_use * sum(remote) / len(remote)) > cache_bytes:
         raise ValueError(
             f"{in_use} remote shards are in use at a time, {need / 1e9:.1f} GB, but cache_bytes is "
@@ -256,7 +257,10 @@ def _open_manifest(data: str, storage: Storage, workers: int, progress: bool) ->
             f"{data} is compressed, so single images in it cannot be reached: unpack it once with gunzip or the like"
         )
     if is_pattern(data) or is_tar(data):
-        return _open_tars(data, storage, workers, progress)
+        names = [name for pattern in braceexpand.braceexpand(data) for name in storage.glob(pattern)]
+        if all(is_tar(name) for name in names):
+            return _open_tars(names, storage, workers, progress)
+        return _merge([_open_manifest(name, storage, workers, progress) for name in names])
     folder = data.rstrip("/") or "/"
     if not is_remote(data) and not local_path(data).is_dir():
         raise FileNotFoundError(f"no such folder: {data}")
@@ -329,9 +333,22 @@ def _no_shards(folder: str, storage: Storage) -> str:
     return f"{folder} holds no shards (no {NAME}, no .tar): {make}"
 
 
-def _open_tars(data: str, storage: Storage, workers: int, progress: bool) -> Manifest:
-    """One tar, or all that a pattern names: a part of the folder's manifest, if there is one that has them."""
-    names = [name for pattern in braceexpand.braceexpand(data) for name in storage.glob(pattern)]
+def _merge(parts: list[Manifest]) -> Manifest:
+    """Several folders as one source, in the order named."""
+    for part in parts:
+        if part.index_root:
+            raise ValueError(f"{part.root} has no manifest and cannot be given one: make one there, or name its tars")
+    if len({part.classes for part in parts}) > 1:
+        raise ValueError(
+            f"{parts[0].root} and the folders named with it have different classes: use a YAML card instead"
+        )
+    root, paths = split_root([part.shard_url(i) for part in parts for i in range(len(part.shards))])
+    shards = [shard for part in parts for shard in part.shards]
+    return Manifest(root, tuple(replace(s, path=path) for s, path in zip(shards, paths)), parts[0].classes)
+
+
+def _open_tars(names: list[str], storage: Storage, workers: int, progress: bool) -> Manifest:
+    """Single tars: a part of their folder's manifest, if there is one that has them."""
     root, paths = split_root(names)
     manifest = _existing(root, storage) if all("/" not in path for path in paths) else None
     if manifest is not None:
@@ -382,69 +399,7 @@ def _build(
     return _build(root, tars, None, storage, workers, progress)
 
 
-# --- python -m pipeline.manifest --------------------------------------------------------------------------------------
-
-
-def main() -> int:
-    """Prints what a data source holds, or checks it. Returns the exit code."""
-    parser = ArgumentParser(
-        prog="python -m pipeline.manifest", description="Print what a data source holds, or check it."
-    )
-    parser.add_argument("data", help="a folder of shards, one tar, a brace pattern, a URL, or a YAML source card")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="read everything again and print a line for each fault: size, checksum, index, images that do not decode",
-    )
-    parser.add_argument(
-        "--cache_dir", type=str | None, help="where remote shards are kept (default: ~/.cache/moco-pipeline)"
-    )
-    parser.add_argument("--cache_bytes", type=int, default=50 << 30, help="how much of them to keep")
-    parser.add_argument("--workers", type=int | None, help="processes that index and check (default: all cores)")
-    options = parser.parse_args()
-    source = open_source(
-        options.data, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes, workers=options.workers
-    )
-    print(_table(source))
-    if not options.check:
-        return 0
-    storage = Storage(cache_dir=options.cache_dir, cache_bytes=options.cache_bytes)
-    shards = [
-        Expected(m.shard_url(i), m.index_url(i), s.samples, s.bytes, s.checksum)
-        for m in source.manifests
-        for i, s in enumerate(m.shards)
-    ]
-    faults = 0
-    for fault in check_shards(shards, storage, workers=options.workers or os.cpu_count() or 1, progress=True):
-        print(fault)
-        faults += 1
-    storage.close()
-    unknown = sum(not s.checksum for s in shards)
-    without = f" ({unknown:,} shards have no checksum to compare with)" if unknown else ""
-    print(f"checked {len(shards):,} shards, {source.samples:,} samples: {faults:,} faults{without}")
-    return 1 if faults else 0
-
-
-def _table(source: Source) -> str:
-    rows = [("source", "share", "samples", "shards", "GB", "kB/sample", "classes", "where")]
-    for manifest, weight, name in zip(source.manifests, source.weights, source.names):
-        size = sum(shard.bytes for shard in manifest.shards)
-        counts = (f"{manifest.samples:,}", f"{len(manifest.shards):,}", f"{size / 1e9:.2f}")
-        each = f"{size / manifest.samples / 1000:.1f}"
-        rows.append((name, f"{weight:.1%}", *counts, each, str(len(manifest.classes) or "-"), manifest.root))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        lines.append("  ".join(cells).rstrip())
-    chunk = "all its shards" if source.chunk_shards is None else f"{source.chunk_shards} shards at a time"
-    lanes = f"{source.lanes} lane{'s' * (source.lanes > 1)}"
-    return "\n".join([*lines, f"order: {lanes}, each shuffling {chunk}; fingerprint {source.fingerprint}"])
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    from pipeline.check import main  # which imports this module, under its own name
+
+    main()

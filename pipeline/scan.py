@@ -1,11 +1,8 @@
-"""Many tars at once, in parallel and with a progress bar: index those without a manifest, check those with one."""
+"""Many tars at once, in parallel and with a progress bar: the indexes of those that have none."""
 
-import io
-import itertools
 import multiprocessing
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -14,16 +11,14 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
-from PIL import Image
 from tqdm import tqdm
 
-from pipeline.index import Component, NoImages, format_index, image_rank, index_tar, read_index, write_atomically
+from pipeline.index import Component, NoImages, format_index, image_rank, index_tar, write_atomically
 from pipeline.storage import Storage, is_remote, local_path
 
 T = TypeVar("T")
 R = TypeVar("R")
 FETCHES = 4  # remote shards being fetched and indexed at a time; each is fetched in many ranges
-PIXEL_LIMIT = 256_000_000
 
 
 class Scanned(NamedTuple):
@@ -50,9 +45,9 @@ def index_shards(
     if any(is_remote(tar) for tar in tars):
         with ThreadPoolExecutor(FETCHES) as pool:
             return list(
-                _track(_map(pool, partial(_index_remote, storage), jobs, FETCHES), len(jobs), "indexing", progress)
+                track(map_ahead(pool, partial(_index_remote, storage), jobs, FETCHES), len(jobs), "indexing", progress)
             )
-    return _in_processes(_index_local, jobs, "indexing", workers, progress)
+    return in_processes(_index_local, jobs, "indexing", workers, progress)
 
 
 def _index_local(job: tuple[str, Path]) -> Scanned:
@@ -96,80 +91,19 @@ def checksum_of(data: np.ndarray) -> str:
     return f"xxh3_64:{digest.hexdigest()}"
 
 
-# --- checking ---------------------------------------------------------------------------------------------------------
-
-
-class Expected(NamedTuple):
-    """A shard as its manifest has it."""
-
-    tar: str
-    idx: str
-    samples: int
-    bytes: int
-    checksum: str
-
-
-def check_shards(shards: Sequence[Expected], storage: Storage, *, workers: int, progress: bool) -> Iterator[str]:
-    """Reads every shard again as a whole and yields a line for each fault: size, checksum, index, count, images
-    that do not decode."""
-    if any(is_remote(s.tar) for s in shards):
-        with ThreadPoolExecutor(FETCHES) as pool:
-            results = _map(pool, partial(_check, storage), shards, FETCHES)
-            yield from itertools.chain.from_iterable(_track(results, len(shards), "checking", progress))
-    else:
-        yield from itertools.chain.from_iterable(_in_processes(_check_local, shards, "checking", workers, progress))
-
-
-def _check_local(shard: Expected) -> list[str]:
-    return _check(Storage(open_files=1), shard)
-
-
-def _check(storage: Storage, shard: Expected) -> list[str]:
-    try:
-        data = storage.open(shard.tar, bytes=shard.bytes)
-        if shard.checksum and (found := checksum_of(data)) != shard.checksum:
-            return [f"{shard.tar}: checksum {found}, the manifest says {shard.checksum}: fetch or write it again"]
-        samples = index_tar(data)
-        index = read_index(storage.read_bytes(shard.idx), samples=shard.samples, size=shard.bytes, label=shard.idx)
-    except (ValueError, OSError) as error:
-        return [f"{shard.tar}: {error}"]
-    best = [min((c for c in s if image_rank(c.extension) >= 0), key=lambda c: image_rank(c.extension)) for s in samples]
-    faults = []
-    if sorted(zip(index.offsets.tolist(), index.sizes.tolist())) != sorted((c.offset, c.size) for c in best):
-        faults.append(f"{shard.idx}: does not say where the images of {shard.tar} are: delete it and the manifest")
-    for component in best:
-        reason = _undecodable(data[component.offset : component.offset + component.size])
-        if reason:
-            faults.append(f"{shard.tar}: {component.name}: {reason}")
-    return faults
-
-
-def _undecodable(encoded: np.ndarray) -> str:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded.tobytes())) as image:
-                if image.width * image.height > PIXEL_LIMIT:
-                    return f"{image.width}x{image.height} pixels"
-                image.load()
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on broken files
-        return f"does not decode: {error}" if str(error) else f"does not decode: {type(error).__name__}"
-    return ""
-
-
 # --- in parallel ------------------------------------------------------------------------------------------------------
 
 
-def _in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: int, progress: bool) -> list[R]:
+def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: int, progress: bool) -> list[R]:
     workers = min(workers, len(jobs) // 4)  # a process costs half a second to start, a shard some tens of milliseconds
     if workers < 2:
-        return list(_track(map(work, jobs), len(jobs), what, progress))
+        return list(track(map(work, jobs), len(jobs), what, progress))
     # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(_track(_map(pool, work, jobs, workers), len(jobs), what, progress))
+        return list(track(map_ahead(pool, work, jobs, workers), len(jobs), what, progress))
 
 
-def _map(pool: Executor, work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
+def map_ahead(pool: Executor, work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
     """Results in order. At the first error the jobs that have not begun are dropped, and the error raised."""
     futures = [pool.submit(work, job) for job in jobs]
     try:
@@ -180,7 +114,7 @@ def _map(pool: Executor, work: Callable[[T], R], jobs: Sequence[T], workers: int
             future.cancel()
 
 
-def _track(results: Iterable[R], total: int, what: str, show: bool) -> Iterator[R]:
+def track(results: Iterable[R], total: int, what: str, show: bool) -> Iterator[R]:
     """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
     if not show:
         yield from results

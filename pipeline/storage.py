@@ -158,11 +158,9 @@ class Storage:
 
     def _fetched(self, cache: Cache, url: str, size: int, checksum: str) -> Path:
         with self._lock:
-            future = self._fetching.get(url)
+            future = self._fetching.pop(url, None)
         if future is not None and not future.cancel():
             future.result()
-        with self._lock:
-            self._fetching.pop(url, None)
         path = cache.fetch(url, size, checksum)
         assert path is not None
         return path

@@ -146,6 +146,20 @@ def test_ways_to_name_local_data(folder: Path) -> None:
     assert not (folder / "manifest.json").exists()  # of two shards of four
 
 
+def test_folders_as_one_source(folder: Path, tmp_path: Path) -> None:
+    """Parts that were packed by several machines: each a folder with its manifest."""
+    shutil.copytree(folder, tmp_path / "part-0")
+    shutil.copytree(folder, tmp_path / "part-1")
+    source = open_source(f"{tmp_path}/part-{{0..1}}")
+    assert open_source(f"{tmp_path}/part-*").fingerprint == source.fingerprint
+    (manifest,) = source.manifests
+    assert [s.path for s in manifest.shards[3:5]] == ["part-0/shard-000003.tar", "part-1/shard-000000.tar"]
+    assert manifest.samples == 120
+    assert Path(manifest.shard_url(7)).exists() and Path(manifest.index_url(7)).exists()
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*part-2"):
+        open_source(f"{tmp_path}/part-{{0..2}}")
+
+
 def test_local_data_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         open_source(str(tmp_path / "none"))
