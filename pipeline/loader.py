@@ -26,8 +26,9 @@ from pipeline.read import Reader, Samples, draw_of_ids
 from pipeline.screen import MAX_PIXELS
 from pipeline.storage import Storage, is_remote
 
-# Shards that a rank of a remote source has on their way before it needs them.
-SHARDS_AHEAD = 8
+# Shards that a rank of a remote source has on their way before it needs them, when a lane is shuffled as a whole. When
+# it is shuffled in chunks, all lanes come to the next chunk at about the same time: then it is this chunk and the next.
+SHARDS_AHEAD = 64
 
 
 class Batch(NamedTuple):
@@ -91,6 +92,8 @@ class Loader:
             num_threads=self.num_threads,
         )
         self._remote = any(is_remote(m.shard_url(0)) for m in source.manifests)
+        sources = len(source.manifests)
+        self._ahead = 2 * source.lanes * source.chunk_shards * sources if source.chunk_shards else SHARDS_AHEAD
         self._consumed = 0  # batches of the run so far, over all epochs
         self._decoding: Decoding | None = None
         self._views_seconds = self._wait_seconds = 0.0
@@ -122,7 +125,7 @@ class Loader:
             step += 1
 
     def _prefetch_shards(self, epoch: int, step: int) -> None:
-        ahead = self.order.upcoming_shards(epoch, step, self.rank, self.world_size, SHARDS_AHEAD)
+        ahead = self.order.upcoming_shards(epoch, step, self.rank, self.world_size, self._ahead)
         wanted: list[str | tuple[str, int, str]] = []
         for m, shard in ahead:
             manifest = self.source.manifests[m]
