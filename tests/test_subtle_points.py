@@ -193,7 +193,7 @@ def test_point_14_loss_in_fp32_under_autocast(dtype: torch.dtype) -> None:
     """bf16 logits near 1 / T = 14.3 would be 0.0625 apart."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(32, 128, generator=generator).to(dtype)
-    keys = F.normalize(q.float() + 0.5 * torch.randn(32, 128, generator=generator), dim=1)
+    keys = F.normalize(q.float() + 2 * torch.randn(32, 128, generator=generator), dim=1)
     negatives = F.normalize(torch.randn(128, 512, generator=generator), dim=0)
     rows = F.normalize(q.double(), dim=1)
     logits = torch.cat([(rows * keys).sum(1, keepdim=True), rows @ negatives.double()], dim=1) / 0.07
