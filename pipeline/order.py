@@ -217,7 +217,9 @@ class Order:
                 shards, starts = self._layout(m, own_epoch)
                 begin = int(self._ranges[m][lane])
                 used, end = begin + int(self._usable[m][lane]), int(self._ranges[m][lane + 1])
-                first, last_used, last = (np.searchsorted(starts, [begin, used - 1, end - 1], side="right") - 1).tolist()
+                first, last_used, last = (
+                    np.searchsorted(starts, [begin, used - 1, end - 1], side="right") - 1
+                ).tolist()
                 low = first + chunk * self._chunk(m)
                 high = low + self._chunk(m)
                 yield from ((m, s) for s in shards[low : min(high, last + 1)].tolist() if self.counts[m][s])
