@@ -108,6 +108,8 @@ class Route(NamedTuple):
 
     send: Tensor  # int64 [N], on the device: own rows in the order they leave, by destination rank
     place: Tensor  # int64 [N], on the device: for each row of the shuffled batch, its place among those received
+    send_back: Tensor  # the inverses of these two, for the way home
+    place_back: Tensor
     send_counts: list[int]  # rows for each rank
     receive_counts: list[int]  # rows from each rank
 
@@ -132,13 +134,16 @@ def plan_route(permutation: np.ndarray, rank: int, world: int, device: torch.dev
     owner = permutation // n
     leaving = np.flatnonzero(owner == rank)  # rows of the shuffled batch that come from here: by destination, ascending
     arriving = owner[rank * n : (rank + 1) * n]
-    place = np.empty(n, dtype=np.int64)
-    place[np.argsort(arriving, kind="stable")] = np.arange(n)
-    # both indices in one small copy; it needs no synchronisation
-    indices = torch.from_numpy(np.stack([permutation[leaving] - rank * n, place])).to(device, non_blocking=True)
+    send = permutation[leaving] - rank * n
+    send_back = np.argsort(arriving, kind="stable")  # they arrive by source, in the order of the shuffled batch
+    # all indices in one small copy; it needs no synchronisation
+    indices = np.stack([send, np.argsort(send_back), send_back, np.argsort(send)])
+    on_device = torch.from_numpy(indices).to(device, non_blocking=True)
     return Route(
-        send=indices[0],
-        place=indices[1],
+        send=on_device[0],
+        place=on_device[1],
+        send_back=on_device[2],
+        place_back=on_device[3],
         send_counts=np.bincount(leaving // n, minlength=world).tolist(),
         receive_counts=np.bincount(arriving, minlength=world).tolist(),
     )
@@ -149,10 +154,6 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
     if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
         return rows.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return rows.index_select(0, index)
-
-
-def _inverse(index: Tensor) -> Tensor:
-    return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
 
 
 class ShuffleBN(nn.Module):
@@ -218,6 +219,6 @@ def unshuffle(rows: Tensor, route: Route, group: Group = None) -> Tensor:
     """
     _, world = rank_and_world(group)
     if world > 1:
-        leaving = rows.index_select(0, _inverse(route.place))
+        leaving = rows.index_select(0, route.send_back)
         rows = ExchangeWithGradient.apply(leaving, route.receive_counts, route.send_counts, group)
-    return rows.index_select(0, _inverse(route.send))
+    return rows.index_select(0, route.place_back)

@@ -145,7 +145,7 @@ FAULTS = [
         11,
         "unshuffle forgets the places",
         "model/batchnorm.py",
-        "return rows.index_select(0, _inverse(route.send))",
+        "return rows.index_select(0, route.place_back)",
         "return rows",
         "point_11 and 2",
     ),
