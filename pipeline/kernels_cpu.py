@@ -289,10 +289,14 @@ def box_blur(source: Bytes, out: Bytes, step: int, whole: int, inner: np.uint32,
 def blur(planes: Bytes, sigma: float) -> None:
     """ImageFilter.GaussianBlur: three fractional box blurs each way (Gwosdek et al. 2011; Pillow, BoxBlur.c)."""
     size = planes.shape[1]
-    variance = np.float32(sigma) * np.float32(sigma) / np.float32(3)
-    whole = int((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) * (whole + 1)))
-    inner = np.uint32(np.float32(1 << 24) / (np.float32(whole + part) * np.float32(2) + np.float32(1)))
+    # In single precision throughout, as there: the weights' last bits decide how ties are rounded.
+    one, two, three, six = np.float32(1), np.float32(2), np.float32(3), np.float32(6)
+    variance = np.float32(sigma) * np.float32(sigma) / three
+    length = np.float32(math.sqrt(12.0 * np.float64(variance) + 1.0))
+    whole = int((length - one) / two)
+    low, high = np.float32(whole), np.float32(whole + 1)
+    part = (two * low + one) * (low * high - three * variance) / (six * (variance - high * high))
+    inner = np.uint32(np.float32(1 << 24) / ((low + part) * two + one))
     outer = np.uint32(((1 << 24) - (whole * 2 + 1) * np.int64(inner)) // 2)
     # Edges repeat: they are written into a margin after every pass.
     reach = whole + 1
