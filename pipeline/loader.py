@@ -20,9 +20,8 @@ import torch
 from pipeline import views as view_parameters
 from pipeline.graph import Graph
 from pipeline.manifest import Source, open_source
-from pipeline.order import Order
 from pipeline.prefetch import Decoding, Item
-from pipeline.read import Reader, Samples, draw_of_ids
+from pipeline.read import Reader, Samples, draw_of_ids, make_order
 from pipeline.screen import MAX_PIXELS
 from pipeline.storage import Storage, is_remote
 
@@ -92,8 +91,8 @@ class Loader:
             num_threads=self.num_threads,
         )
         self._remote = any(is_remote(m.shard_url(0)) for m in source.manifests)
-        sources = len(source.manifests)
-        self._ahead = 2 * source.lanes * source.chunk_shards * sources if source.chunk_shards else SHARDS_AHEAD
+        own_lanes, sources = max(1, source.lanes // world_size), len(source.manifests)
+        self._ahead = 2 * own_lanes * source.chunk_shards * sources if source.chunk_shards else SHARDS_AHEAD
         self._consumed = 0  # batches of the run so far, over all epochs
         self._decoding: Decoding | None = None
         self._views_seconds = self._wait_seconds = 0.0
@@ -235,18 +234,6 @@ class Loader:
         self._storage.close()
 
 
-def make_order(source: Source, batch_size: int, seed: int) -> Order:
-    counts = [np.fromiter((s.samples for s in m.shards), np.int64, len(m.shards)) for m in source.manifests]
-    return Order(
-        counts,
-        weights=source.weights,
-        batch_size=batch_size,
-        seed=seed,
-        lanes=min(source.lanes, batch_size),
-        chunk_shards=source.chunk_shards,
-    )
-
-
 def usual_threads() -> int:
     """This process's share of the machine's cores; torchrun says how many processes share them."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -335,80 +322,55 @@ def eval_batches(
             print(f"warning: {reader.bad} of {reader.drawn} samples left out, they do not decode", file=sys.stderr)
 
 
-def main(
-    data: str,
-    batch_size: int,
-    steps: int | None = None,
-    views: str = "v2",
-    image_size: int = 224,
-    crop_min: float = 0.2,
-    seed: int = 0,
-    device: str = "cpu",
-    num_threads: int | None = None,
-    read_only: bool = False,
-    quarantine: str | None = None,
-    max_bad_fraction: float = 0.01,
-    cache_dir: str | None = None,
-) -> None:
-    """Runs the loader alone and prints images/s, the time of each stage, and which one is the bottleneck.
-
-    Args:
-        data: folder of shards, tar, brace pattern, URL or YAML source card.
-        batch_size: images a step.
-        steps: batches to load; one epoch unless told.
-        views: v1, v2 or cifar.
-        image_size: side of the views in pixels.
-        crop_min: smallest share of the image's area that a crop takes.
-        seed: seed of order and views.
-        device: cpu or cuda:0.
-        num_threads: decoding threads; as many as there are cores unless told.
-        read_only: read and screen only, without decoding.
-        quarantine: file that bad samples are written to.
-        max_bad_fraction: share of bad samples that ends the run.
-        cache_dir: folder for the cache of remote shards.
-    """
+def main() -> None:
+    from jsonargparse import ArgumentParser
     from tqdm import tqdm
 
-    loader = Loader(
-        open_source(data, cache_dir=cache_dir),
-        views=views,
-        image_size=image_size,
-        crop_min=crop_min,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        num_threads=num_threads,
-        quarantine=quarantine,
-        max_bad_fraction=max_bad_fraction,
-        cache_dir=cache_dir,
+    parser = ArgumentParser(
+        prog="python -m pipeline.loader",
+        description="Runs the loader alone; prints images/s, the time of each stage, and which is the bottleneck.",
     )
-    total = steps or loader.steps_per_epoch
+    parser.add_argument("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
+    parser.add_argument("--batch_size", type=int, required=True, help="images a step")
+    parser.add_argument("--steps", type=int, default=None, help="batches to load; one epoch unless told")
+    parser.add_argument("--views", default="v2", choices=view_parameters.RECIPES, help="recipe of the views")
+    parser.add_argument("--image_size", type=int, default=224, help="side of the views, pixels")
+    parser.add_argument("--crop_min", type=float, default=0.2, help="smallest share of an image's area in a crop")
+    parser.add_argument("--seed", type=int, default=0, help="of order and views")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
+    parser.add_argument("--num_threads", type=int, default=None, help="decoding threads; all cores unless told")
+    parser.add_argument("--read_only", action="store_true", help="read and screen only, without decoding")
+    parser.add_argument("--quarantine", default=None, help="file that bad samples are written to")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad samples that ends the run")
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="a larger image is a bad sample")
+    parser.add_argument("--cache_dir", default=None, help="folder for the cache of remote shards")
+    options = parser.parse_args().as_dict()
+    data, steps, read_only = (options.pop(name) for name in ("data", "steps", "read_only"))
+
+    loader = Loader(open_source(data, cache_dir=options["cache_dir"]), **options)
+    steps = steps or loader.steps_per_epoch
     batches: Iterator[Any] = loader._items(0) if read_only else loader
-    if not read_only:
-        next(loader)  # not part of the time: the graph is built, kernels are compiled
-        loader.timings()
+    next(batches)  # not part of the time: the graph is built, kernels are compiled, indexes are read
+    loader.timings()
     began = time.perf_counter()
-    for _ in tqdm(range(total), unit="batch", disable=not sys.stderr.isatty()):
+    for _ in tqdm(range(steps), unit="batch", disable=not sys.stderr.isatty()):
         next(batches)
+    if options["device"] != "cpu":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    spent = loader.timings()
-    print(f"{total * batch_size / seconds:,.0f} images/s: {total} batches of {batch_size} in {seconds:.1f} s")
+    spent, images = loader.timings(), steps * loader.batch_size
+    print(f"{images / seconds:,.0f} images/s: {steps} batches of {loader.batch_size} in {seconds:.1f} s")
     for name, value in spent.items():
         if name != "elapsed" and value > 0:
-            print(f"  {name:8} {value:8.2f} s  {1e6 * value / (total * batch_size):8.1f} us/image")
+            print(f"  {name:8} {value:8.2f} s  {1e6 * value / images:8.1f} us/image")
     if not read_only:
         print(f"bottleneck: {loader.bottleneck(spent)}")
     loader.close()
 
 
 if __name__ == "__main__":
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(description="Runs the loader alone and names the bottleneck.")
-    parser.add_function_arguments(main, skip={"read_only"})
-    parser.add_argument("--read_only", action="store_true", help="read and screen only, without decoding")
     try:
-        main(**parser.parse_args().as_dict())
+        main()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -280,62 +280,44 @@ def _round_robin(weights: Sequence[float]) -> Ints:
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(due, kind="stable")]
 
 
-def main(
-    data: str,
-    batch_size: int,
-    seed: int = 0,
-    epoch: int = 0,
-    start: int = 0,
-    steps: int = 1,
-    world_size: int = 1,
-    rank: int | None = None,
-    quality: bool = False,
-) -> None:
-    """Prints the sample ids of steps, one JSON object a line.
-
-    Args:
-        data: folder of shards, tar, brace pattern, URL or YAML source card.
-        batch_size: global batch size.
-        seed: seed of the order.
-        epoch: epoch to look at.
-        start: first step within the epoch.
-        steps: number of steps.
-        world_size: number of ranks.
-        rank: print this rank's share only; without it the whole batch.
-        quality: print instead how well those steps are shuffled, as same-class pairs within a batch against the ideal.
-    """
+def main() -> None:
     # Not at the top: the arithmetic above is usable, and tested, with numpy alone.
+    from jsonargparse import ArgumentParser
+
     from pipeline.manifest import open_source
+    from pipeline.quality import shuffle_quality
+    from pipeline.read import make_order
 
-    source = open_source(data)
-    counts = [[s.samples for s in m.shards] for m in source.manifests]
-    order = Order(
-        counts,
-        weights=source.weights,
-        batch_size=batch_size,
-        seed=seed,
-        lanes=min(source.lanes, batch_size),
-        chunk_shards=source.chunk_shards,
+    parser = ArgumentParser(
+        prog="python -m pipeline.order", description="Prints the sample ids of steps, one JSON object a line."
     )
-    if quality:
-        from pipeline.quality import shuffle_quality
+    parser.add_argument("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
+    parser.add_argument("--batch_size", type=int, required=True, help="global batch size")
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--epoch", type=int, default=0, help="epoch to look at")
+    parser.add_argument("--start", type=int, default=0, help="first step within the epoch")
+    parser.add_argument("--steps", type=int, default=1, help="number of steps")
+    parser.add_argument("--world_size", type=int, default=1, help="number of ranks")
+    parser.add_argument("--rank", type=int, default=None, help="print this rank's share; the whole batch unless told")
+    parser.add_argument("--quality", action="store_true", help="print instead how well these steps are shuffled")
+    options = parser.parse_args()
 
-        print(json.dumps(shuffle_quality(source, order, epoch=epoch, start=start, steps=steps)))
+    source = open_source(options.data)
+    order = make_order(source, options.batch_size, options.seed)
+    if options.quality:
+        result = shuffle_quality(source, order, epoch=options.epoch, start=options.start, steps=options.steps)
+        print(json.dumps(result))
         return
-    for step in range(start, start + steps):
-        at, within = epoch + step // order.steps_per_epoch, step % order.steps_per_epoch
-        draw = order.draw(at, within, rank or 0, world_size if rank is not None else 1)
-        print(json.dumps({"step": step, "ids": draw.sample_ids.tolist()}))
+    ranks = (0, 1) if options.rank is None else (options.rank, options.world_size)
+    for step in range(options.start, options.start + options.steps):
+        epochs, within = divmod(step, order.steps_per_epoch)
+        ids = order.draw(options.epoch + epochs, within, *ranks).sample_ids
+        print(json.dumps({"step": step, "ids": ids.tolist()}))
 
 
 if __name__ == "__main__":
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(description="Prints the sample ids of steps, one JSON object a line.")
-    parser.add_function_arguments(main, skip={"quality"})
-    parser.add_argument("--quality", action="store_true", help="print instead how well those steps are shuffled")
     try:
-        main(**parser.parse_args().as_dict())
+        main()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

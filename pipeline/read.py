@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.index import Index, read_index, sample_key
 from pipeline.manifest import Source
-from pipeline.order import Draw, Ints
+from pipeline.order import Draw, Ints, Order
 from pipeline.screen import MAX_PIXELS, BadImage, as_ppm, decode, inspect
 from pipeline.storage import Storage
 
@@ -281,6 +281,19 @@ class Reader:
         while self._index_bytes > INDEX_CACHE_BYTES and len(self._places) > 1:
             self._index_bytes -= 32 * len(self._places.popitem(last=False)[1].entries)
         return place
+
+
+def make_order(source: Source, batch_size: int, seed: int) -> Order:
+    """The order in which a run reads `source`; ValueError when it holds less than a batch."""
+    counts = [np.fromiter((s.samples for s in m.shards), np.int64, len(m.shards)) for m in source.manifests]
+    return Order(
+        counts,
+        weights=source.weights,
+        batch_size=batch_size,
+        seed=seed,
+        lanes=min(source.lanes, batch_size),
+        chunk_shards=source.chunk_shards,
+    )
 
 
 def draw_of_ids(source: Source, ids: Ints, epoch: int = 0) -> Draw:

@@ -19,8 +19,9 @@ from sample_shards import write_shards
 
 import pipeline.read
 import pipeline.screen
-from pipeline.loader import Loader, eval_batches, make_order
+from pipeline.loader import Loader, eval_batches
 from pipeline.manifest import Source, open_source
+from pipeline.read import make_order
 
 ROOT = Path(__file__).resolve().parent.parent
 Files = list[tuple[str, bytes, int | None]]

@@ -17,9 +17,9 @@ import torch
 
 import pipeline.loader
 from pipeline.graph import Graph
-from pipeline.loader import Batch, Loader, eval_batches, make_order
+from pipeline.loader import Batch, Loader, eval_batches
 from pipeline.manifest import Source, open_source
-from pipeline.read import Reader
+from pipeline.read import Reader, make_order
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, Any] = {"image_size": 32, "batch_size": 12, "num_threads": 1}  # of 60 samples: 5 steps an epoch

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from sample_shards import write_shards
 
-from pipeline.loader import make_order
 from pipeline.manifest import Source, open_source
 from pipeline.order import Draw
-from pipeline.read import Quarantine, Reader, Samples, draw_of_ids
+from pipeline.read import Quarantine, Reader, Samples, draw_of_ids, make_order
 from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
