@@ -51,8 +51,9 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         net = start.build_net(r, ranks)
         dictionary = start.build_dictionary(r, net, ranks, source.samples, device)
         monitor = start.open_monitor(r, source, rank, ranks) if r.knn_every else None
-        facts = recipes.to_dict(r) | {"data": source.fingerprint, "steps": total, "torch": torch.__version__}
-        facts = {name: value for name, value in facts.items() if name not in ("num_threads", "cache_dir")}
+        facts = {"data fingerprint": source.fingerprint, "steps": total, "torch": torch.__version__}
+        own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
+        facts |= {name: value for name, value in recipes.to_dict(r).items() if name not in own}
     except (ValueError, FileNotFoundError) as error:
         problem = str(error)
     agree(facts, problem, control)
@@ -92,6 +93,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         total, phase = step + WARM_UP + 2 * r.profile, profile.beside(watchdog.phase)
     elif rank == 0:
         recipes.save(r, out / "recipe.yaml")
+        (out / "finished").unlink(missing_ok=True)
     if r.trackers and not r.profile:
         start_trackers(accelerator, r, step)
     writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
@@ -239,6 +241,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
     if rank == 0 and (out / "metrics.jsonl").is_file():
         with contextlib.suppress(OSError):  # a full disk
             log.say(f"curves: {curves.draw(out)}")
+    if rank == 0 and step == total and not r.profile:
+        (out / "finished").write_text(f"{step}\n")  # for job scripts: stopped is not finished, and both end with 0
     if step < total:
         who = stop.name or "another rank was told to stop"
         log.say(f"{who}: saved at step {step} of {total}; the same command continues from there")
@@ -257,7 +261,7 @@ def passes_of(
 def contrast_otherwise(
     dictionary: EndToEnd | MemoryBank, encoder: nn.Module, query: Tensor, key: Tensor, ids: Tensor, phase: Any
 ) -> tuple[Tensor, Tensor, Stats]:
-    """The forward pass of the paper's two other mechanisms (figure 2): what goes into the dictionary, loss and stats."""
+    """The forward pass of the paper's two other mechanisms (figure 2): what goes into it, loss, stats."""
     phase("query encoder")
     q = encoder(query)
     if isinstance(dictionary, MemoryBank):

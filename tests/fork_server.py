@@ -1,0 +1,82 @@
+"""Runs train.py in forked processes: real ranks and real kills without importing torch and DALI once a process.
+
+One JSON object a line on stdin, one a line back: {"arguments": [...], "ranks": 2, "log": FILE, "env": {...}} starts
+ranks and answers {"pids": [...]}; {"wait": [pids], "timeout": seconds} answers {"codes": [...]}, null for what still
+runs. An item of "arguments" that is a list is one rank's own value each.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+import train
+
+
+def start(command: dict[str, Any]) -> list[int]:
+    ranks, pids = command["ranks"], []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            child(command, rank)
+        pids.append(pid)
+    return pids
+
+
+def child(command: dict[str, Any], rank: int) -> None:
+    code = 1
+    try:
+        log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(command.get("env", {}))
+        if command["ranks"] > 1:
+            own = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": command["ranks"],
+                "LOCAL_WORLD_SIZE": command["ranks"],
+            }
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": command["port"]}
+            os.environ.update({name: str(value) for name, value in own.items()})
+        arguments = [item[rank] if isinstance(item, list) else item for item in command["arguments"]]
+        if limit := command.get("largest_file"):
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if patch := command.get("patch"):
+            exec(patch, {"rank": rank})
+        train.main(arguments)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pids: list[int], timeout: float) -> list[int | None]:
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + timeout
+    while len(codes) < len(pids) and time.monotonic() < deadline:
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return [codes.get(pid) for pid in pids]
+
+
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    command = json.loads(line)
+    if "wait" in command:
+        print(json.dumps({"codes": wait(command["wait"], command["timeout"])}), flush=True)
+    else:
+        print(json.dumps({"pids": start(command)}), flush=True)

@@ -1,0 +1,101 @@
+"""Recipes: what they resolve to, what they refuse, and how they differ."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+import recipe as recipes
+from recipe import Recipe
+from resume import compare_recipes
+
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+GOOD = Recipe(data="shards/a", out="runs/a")
+
+
+def test_flags_override_the_file_and_the_file_the_defaults() -> None:
+    r = recipes.parse(["--config", str(REPOSITORY / "recipes/moco_v2_r50.yaml"), "--lr", "1e-2", "--data", "d"])
+    assert (r.lr, r.data, r.mlp, r.temperature, r.queue_size) == (0.01, "d", True, 0.2, 65536)
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    r = replace(GOOD, lr=1e-5, milestones=(1, 2), trackers=())
+    recipes.save(r, tmp_path / "recipe.yaml")
+    assert recipes.load(tmp_path / "recipe.yaml") == r
+
+
+@pytest.mark.parametrize("text", ["learning_rate: 1", "lr: fast", "- a list", "schedule: linear"])
+def test_what_is_no_recipe_is_an_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        recipes.load(path)
+    with pytest.raises(SystemExit) as exit:
+        recipes.parse(["--config", str(path)])
+    assert exit.value.code == 2
+
+
+def test_an_unknown_flag_is_one_short_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        recipes.parse(["--learning_rate", "1"])
+    assert exit.value.code == 2
+    assert "learning_rate" in (said := capsys.readouterr().err)
+    assert len(said.splitlines()) <= 4
+
+
+def test_print_config_shows_what_will_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        recipes.parse(["--config", str(REPOSITORY / "recipes/moco_v1_r50.yaml"), "--seed", "7", "--print_config"])
+    assert exit.value.code in (0, None)
+    shown = capsys.readouterr().out
+    assert "seed: 7" in shown
+    assert "views: v1" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"data": ""}, "--data is missing"),
+        ({"out": ""}, "--out is missing"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"queue_size": 0}, "queue_size is 0"),
+        ({"moco_momentum": 1.5}, "moco_momentum is 1.5"),
+        ({"crop_min": 0.0}, "crop_min is 0.0"),
+        ({"epochs": 0}, "epochs 0 needs max_steps"),
+        ({"accumulate": 3}, "batch_size 256 does not divide into accumulate 3"),
+        ({"knn_every": 1}, "knn_data names no"),
+    ],
+)
+def test_validate_names_the_number(change: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        replace(GOOD, **change).validate()  # type: ignore[arg-type]
+
+
+def test_batch_and_groups_are_shared_out_over_the_ranks() -> None:
+    assert [GOOD.images_per_rank(n) for n in (1, 2, 8)] == [256, 128, 32]
+    assert [GOOD.bn_groups_per_rank(n) for n in (1, 2, 8, 16)] == [8, 4, 1, 1]
+    with pytest.raises(ValueError, match=r"256 does not divide over 6 ranks.*nearest that does: 258"):
+        GOOD.images_per_rank(6)
+    with pytest.raises(ValueError, match="bn_groups 8 does not divide over 3 ranks"):
+        replace(GOOD, batch_size=240).bn_groups_per_rank(3)
+
+
+def test_a_run_folder_refuses_another_recipe_and_says_what_differs(tmp_path: Path) -> None:
+    recipes.save(GOOD, tmp_path / "recipe.yaml")
+    notes = compare_recipes(tmp_path, replace(GOOD, epochs=400, log_every=5, out=str(tmp_path), data="moved"))
+    assert any("epochs changes from 200 to 400" in note for note in notes)
+    assert any("cosine schedule is that of 400" in note for note in notes)
+    assert not any(note.startswith("out ") for note in notes)
+    with pytest.raises(ValueError, match=r"lr 0\.03 there and 0\.1 now.*another --out"):
+        compare_recipes(tmp_path, replace(GOOD, lr=0.1))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_says_where_it_comes_from_and_what_to_expect(path: Path) -> None:
+    text = path.read_text()
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(comments) >= 2
+    r = replace(recipes.load(path), data="d", out="o")
+    r.validate()
+    assert r.images_per_rank(1) % r.bn_groups_per_rank(1) == 0

@@ -1,0 +1,51 @@
+"""Learning rates against the reference code's own formulas, and IG-1B's in steps."""
+
+import math
+
+import pytest
+
+from schedule import learning_rate
+
+
+def reference(epoch: int, lr: float, epochs: int, cos: bool, milestones: tuple[int, ...]) -> float:
+    """`adjust_learning_rate` of the reference code, which is called once an epoch."""
+    if cos:
+        return lr * 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+    for milestone in milestones:
+        lr *= 0.1 if epoch >= milestone else 1.0
+    return lr
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_every_step_of_every_epoch_as_in_the_reference(schedule: str) -> None:
+    for epoch in range(200):
+        want = reference(epoch, 0.03, 200, schedule == "cosine", (120, 160))
+        for step in (epoch * 5004, epoch * 5004 + 2500, epoch * 5004 + 5003):
+            got = learning_rate(
+                step, lr=0.03, schedule=schedule, steps_per_epoch=5004, epochs=200, milestones=(120, 160)
+            )
+            assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_ig1b_decays_every_62500_steps() -> None:
+    def rate(step: int) -> float:
+        return learning_rate(
+            step, lr=0.12, schedule="exponential", steps_per_epoch=918_000, decay=0.9, decay_steps=62_500
+        )
+
+    assert rate(0) == rate(62_499) == 0.12
+    assert rate(62_500) == pytest.approx(0.12 * 0.9)
+    assert rate(1_249_999) == pytest.approx(0.12 * 0.9**19)  # 0.0162, as the last of 1.25M
+
+
+def test_warm_up_is_a_line_to_one() -> None:
+    rates = [
+        learning_rate(step, lr=1.0, schedule="constant", steps_per_epoch=10, warmup_epochs=2) for step in range(25)
+    ]
+    assert rates[:3] == pytest.approx([0.05, 0.10, 0.15])
+    assert rates[19:] == [1.0] * 6
+
+
+def test_unknown_schedule_is_an_error() -> None:
+    with pytest.raises(ValueError, match="none of step, cosine"):
+        learning_rate(0, lr=1.0, schedule="linear", steps_per_epoch=1)

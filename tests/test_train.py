@@ -1,0 +1,284 @@
+"""One training process: it continues exactly, stops when told, and says what is wrong."""
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training import Runs, log_of, losses, metrics, wait_for_step
+
+import checkpoint
+
+STEPS = 20  # 60 images, 12 a step, 4 epochs
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    server = Runs()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs, shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the first step to the last without any disturbance, nor kNN."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert runs.train(out, shards_dir) == [0], log_of(out).read_text()
+    return out
+
+
+def test_the_run_folder_holds_what_it_should(undisturbed: Path) -> None:
+    rows = metrics(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    wanted = (
+        "step epoch loss lr images_per_second data_wait queue_filled queue_age accuracy positive_logit negative_logit"
+    )
+    assert set(f"{wanted} gradient_norm parameter_norm memory_gb".split()) <= set(rows[-1])
+    assert [row["queue_filled"] for row in rows[:5]] == [12, 24, 36, 40, 40]
+    assert (undisturbed / "recipe.yaml").is_file()
+    assert (undisturbed / "curves.png").is_file()
+    assert checkpoint.list_steps(undisturbed) == [STEPS]
+    said = log_of(undisturbed).read_text()
+    assert "queue_size 40 is 67% of the 60 images" in said
+    assert "in proportion to the papers' 0.03 per 256: 0.001406" in said
+
+
+def test_killed_ten_times_the_losses_are_bit_identical(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    rng = np.random.default_rng(0)
+    kills, story = 0, []
+    while kills < 10:
+        pids = runs.start(out, shards_dir, save_every=1, keep_checkpoints=2)
+        saved = checkpoint.list_steps(out)
+        wait_for_save(out, (saved[-1] if saved else 0) + 1)
+        time.sleep(float(rng.uniform(0, 0.3)))
+        os.kill(pids[0], signal.SIGKILL)
+        assert runs.wait(pids) == [-signal.SIGKILL]
+        kills += 1
+        story.append(checkpoint.list_steps(out)[-1])
+        if story[-1] >= STEPS - 1:
+            break
+    assert runs.train(out, shards_dir, save_every=1, keep_checkpoints=2) == [0]
+    print(f"killed {kills} times, behind steps {story}")
+    assert kills == 10 or story[-1] >= STEPS - 1
+    assert losses(out) == losses(undisturbed)
+    one, other = (checkpoint.load(checkpoint.path_of(run, STEPS)) for run in (out, undisturbed))
+    for part in ("encoder", "moco", "optimizer", "loader"):
+        assert_same(one[part], other[part])
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "damaged"
+    assert runs.train(out, shards_dir, max_steps=10, save_every=4) == [0]
+    newest = checkpoint.path_of(out, 10)
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    assert runs.train(out, shards_dir, max_steps=0, save_every=4) == [0]
+    said = log_of(out).read_text()
+    assert "step_00000010.pt is damaged" in said
+    assert "steps 8 to 20" in said
+    assert "note: max_steps changes from 10 to 0" in said
+    assert losses(out) == losses(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_save_and_end_with_0(
+    number: signal.Signals, runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "told"
+    pids = runs.start(out, shards_dir)
+    wait_for_step(out, 3)
+    told = time.monotonic()
+    os.kill(pids[0], number)
+    assert runs.wait(pids) == [0]
+    assert time.monotonic() - told < 20
+    assert f"{number.name}: saved at step {checkpoint.list_steps(out)[-1]} of 20" in log_of(out).read_text()
+    if number is signal.SIGTERM:
+        assert runs.train(out, shards_dir) == [0]
+        assert losses(out) == losses(undisturbed)
+
+
+def test_the_knn_monitor_disturbs_nothing(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "watched"
+    assert runs.train(out, shards_dir, knn_data=shards_dir, knn_every=2) == [0], log_of(out).read_text()
+    found = {row["step"]: row["knn"] for row in metrics(out) if "knn" in row}
+    assert list(found) == [10, 20]
+    assert all(0 <= accuracy <= 1 for accuracy in found.values())
+    assert losses(out) == losses(undisturbed)
+    one, other = (checkpoint.load(checkpoint.path_of(run, STEPS)) for run in (out, undisturbed))
+    assert_same(one["encoder"], other["encoder"])
+
+
+def test_log_steps_do_not_change_what_is_logged(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Means over windows, also over one that a stop and a restart fall into."""
+    out = tmp_path / "windows"
+    assert runs.train(out, shards_dir, log_every=4, max_steps=6) == [0]
+    assert runs.train(out, shards_dir, log_every=4) == [0]
+    each = losses(undisturbed)
+    rows = {row["step"]: row["loss"] for row in metrics(out)}
+    assert rows[20] == pytest.approx(np.mean(each[16:20]), abs=1e-12)
+    assert rows[12] == pytest.approx(np.mean(each[8:12]), abs=1e-12)
+
+
+def test_accumulation_keeps_queue_and_momentum_at_one_move_a_step(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two passes of 6 in a group each are a batch of 12 in two groups: but for rounding the same, without shuffling."""
+    plain, halves = tmp_path / "plain", tmp_path / "halves"
+    for out, options in ((plain, {"bn_groups": 2}), (halves, {"bn_groups": 1, "accumulate": 2})):
+        options |= {"shuffle_bn": False, "max_steps": 4, "lr": 0.0001}
+        assert runs.train(out, shards_dir, **options) == [0], log_of(out).read_text()
+    assert losses(halves) == pytest.approx(losses(plain), rel=2e-3)
+    one, other = (checkpoint.load(checkpoint.path_of(out, 4))["moco"] for out in (plain, halves))
+    assert int(one["queue_ptr"]) == int(other["queue_ptr"]) == 48 % 40
+    assert int(other["enqueues"]) == 4
+    assert (one["queue"] - other["queue"]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    "options", [{"mechanism": "end_to_end"}, {"mechanism": "memory_bank"}, {"symmetric": True}, {"precision": "bf16"}]
+)
+def test_other_ways_to_train_run_and_continue_exactly(
+    options: dict[str, Any], runs: Runs, shards_dir: Path, tmp_path: Path
+) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert runs.train(once, shards_dir, max_steps=6, **options) == [0], log_of(once).read_text()
+    assert runs.train(twice, shards_dir, max_steps=3, **options) == [0]
+    assert runs.train(twice, shards_dir, max_steps=6, **options) == [0]
+    assert losses(once) == losses(twice)
+    assert len(losses(once)) == 6
+    assert all(np.isfinite(losses(once)))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nan"
+    patch = """
+from model.moco import MoCo
+loss, calls = MoCo.loss, []
+def poisoned(self, q, keys):
+    calls.append(1)
+    return loss(self, q * float("nan") if len(calls) == 7 else q, keys)
+MoCo.loss = poisoned
+"""
+    assert runs.train(out, shards_dir, patch=patch, save_every=4, log_every=5) == [1]
+    said = log_of(out).read_text().splitlines()[-1]
+    assert "the loss is nan at step 6 on rank 0 (sample ids " in said
+    assert "step_00000004.pt" in said
+    assert checkpoint.list_steps(out) == [4]
+
+
+def test_a_skipped_step_moves_nothing(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    """What fp16's gradient scaler does on an overflow, here by hand: it needs a GPU."""
+    out = tmp_path / "skipped"
+    patch = """
+from accelerate.optimizer import AcceleratedOptimizer
+step, calls = AcceleratedOptimizer.step, []
+def skipping(self, closure=None):
+    calls.append(1)
+    self._is_overflow = len(calls) in (2, 3)
+    if not self._is_overflow:
+        step(self, closure)
+AcceleratedOptimizer.step = skipping
+"""
+    assert runs.train(out, shards_dir, patch=patch, max_steps=5) == [0], log_of(out).read_text()
+    moco = checkpoint.load(checkpoint.path_of(out, 5))["moco"]
+    assert int(moco["enqueues"]) == 3
+    assert int(moco["queue_filled"]) == 36
+    assert len(losses(out)) == 3
+
+
+def test_a_full_disk_costs_a_warning(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    assert runs.train(out, shards_dir, max_steps=3) == [0]
+    assert runs.train(out, shards_dir, save_every=5, largest_file=2_000_000) == [0], log_of(out).read_text()
+    said = log_of(out).read_text()
+    assert "warning: step 5 not saved" in said
+    assert checkpoint.list_steps(out) == [3]
+    assert losses(out) == losses(undisturbed)
+
+
+def test_another_recipe_is_refused_and_so_is_other_data(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    assert runs.train(undisturbed, shards_dir, lr=0.5, dim=32) == [2]
+    said = log_of(undisturbed).read_text().splitlines()[-1]
+    assert "dim 16 there and 32 now" in said
+    assert "lr 0.02 there and 0.5 now" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 84}, "60"),
+        ({"bn_groups": 1}, "one process with bn_groups 1"),
+        ({"bn_groups": 5}, "12 images per rank and micro-batch do not divide into 5"),
+        ({"views": "v7"}, "views 'v7' is none of v1"),
+        ({"arch": "resnet19"}, "unknown arch 'resnet19'"),
+        ({"trackers": "[wandb_that_is_not]"}, "wandb_that_is_not"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"data": "/no/such/folder"}, "/no/such/folder"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(
+    options: dict[str, Any], says: str, runs: Runs, shards_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mistake"
+    data = options.pop("data", shards_dir)
+    assert runs.train(out, data, **options) == [2], log_of(out).read_text()
+    said = [line for line in log_of(out).read_text().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert says in said[0]
+
+
+def test_profile_names_the_phases_and_changes_nothing(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "profiled"
+    assert runs.train(out, shards_dir, profile=2) == [0], log_of(out).read_text()
+    said = log_of(out).read_text()
+    for phase in (
+        "data",
+        "shuffle",
+        "query encoder",
+        "key encoder",
+        "loss",
+        "backward",
+        "optimizer",
+        "momentum",
+        "queue",
+    ):
+        assert f"  {phase} " in said
+    assert (out / "trace.json").stat().st_size > 1000
+    assert not (out / "checkpoints").exists()
+    assert not (out / "metrics.jsonl").exists()
+
+
+def wait_for_save(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (saved := checkpoint.list_steps(out)) or saved[-1] < step:
+        assert time.monotonic() < deadline, log_of(out).read_text()[-2000:]
+        time.sleep(0.01)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same(one[name], other[name])
+    elif isinstance(one, list):
+        for a, b in itertools.zip_longest(one, other):
+            assert_same(a, b)
+    else:
+        assert (one == other).all() if hasattr(one, "all") else one == other

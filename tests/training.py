@@ -1,0 +1,119 @@
+"""Trainings for the tests: a tiny recipe, and a server that forks them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from conftest import REPOSITORY, cpu_environment, free_port
+
+TINY: dict[str, Any] = {
+    "arch": "resnet18",
+    "image_size": 16,
+    "batch_size": 12,
+    "bn_groups": 2,
+    "queue_size": 40,  # 12 does not divide it: the pointer wraps in mid-batch
+    "dim": 16,
+    "lr": 0.02,
+    "temperature": 0.2,
+    "views": "cifar",
+    "epochs": 4,
+    "precision": "fp32",
+    "num_threads": 1,
+    "log_every": 1,
+    "save_every": 1000,
+    "trackers": "[]",
+}
+
+
+class Runs:
+    """Starts trainings through one fork server."""
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "fork_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=cpu_environment(),
+        )
+        assert self._answer() == {"ready": True}
+
+    def start(self, out: Path, data: Path | list[Path], *, ranks: int = 1, **options: Any) -> list[int]:
+        """Returns pids. Options beside the recipe's fields: recipe (a file instead of TINY), patch (code
+        run in the child first), largest_file, env. A list is one value for each rank."""
+        command = {name: options.pop(name) for name in ("patch", "largest_file", "env") if name in options}
+        file = options.pop("recipe", None)
+        fields = ({} if file else TINY) | {"data": _text(data), "out": str(out)} | options
+        arguments = ["--config", str(file)] if file else []
+        arguments += [part for name, value in fields.items() for part in (f"--{name}", _text(value))]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command |= {"arguments": arguments, "ranks": ranks, "log": str(log_of(out)), "port": free_port()}
+        return self._ask(command)["pids"]
+
+    def wait(self, pids: list[int], timeout: float = 150) -> list[int | None]:
+        return self._ask({"wait": pids, "timeout": timeout})["codes"]
+
+    def train(self, out: Path, data: Path | list[Path], **options: Any) -> list[int | None]:
+        """Starts and waits; exit codes by rank."""
+        return self.wait(self.start(out, data, **options))
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.kill()
+        self.server.wait()
+        self.server.stdin.close()
+        self.server.stdout.close()
+
+    def _ask(self, command: dict[str, Any]) -> Any:
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(command) + "\n")
+        self.server.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.server.stdout is not None
+        return json.loads(self.server.stdout.readline())
+
+
+def _text(value: Any) -> Any:
+    return (
+        [_text(v) for v in value]
+        if isinstance(value, list)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def log_of(out: Path) -> Path:
+    return out.with_suffix(".log")
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in metrics(out) if "loss" in row]
+
+
+def wait_for_step(out: Path, step: int, timeout: float = 120) -> None:
+    """Until metrics.jsonl knows of `step`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").is_file():
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+                return
+        time.sleep(0.02)
+    raise TimeoutError(f"no step {step} in {out}: {log_of(out).read_text()[-2000:]}")
+
+
+def kill(pid: int, number: int) -> None:
+    os.kill(pid, number)
