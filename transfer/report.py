@@ -1,0 +1,286 @@
+"""One HTML page about one run or several side by side, with everything in it: it opens without a network, in years,
+from a mail.
+
+    python -m transfer.report runs/photos [runs/other ...] --output report.html
+
+Curves as SVG, the recipe, what the encoder saw, what it holds alike, and which images were left out. The page has no
+script.
+"""
+
+import base64
+import collections
+import html
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt
+
+import recipe as recipes
+from pipeline.manifest import open_source
+from recipe import Recipe
+from transfer.chart import COLOURS, Line, line_chart, short
+from transfer.curves import read_metrics, series
+from transfer.gallery import make_gallery
+from transfer.load import load_encoder
+
+CHARTS = (  # field of metrics.jsonl, title, what to know about it, axis from zero, percent
+    ("loss", "Loss", "InfoNCE; ln(1 + queue) is chance", False, False),
+    ("knn", "kNN accuracy", "weighted, in training", False, True),
+    ("lr", "Learning rate", "", True, False),
+    ("accuracy", "Pretext accuracy", "of picking the positive; near 100 % is the batch-norm shortcut", True, True),
+    ("images_per_second", "Images per second", "all ranks", True, False),
+    ("data_wait", "Data wait", "share of the time that training waits for images", True, True),
+    ("positive_logit", "Positive logit", "cosine of a query and its key, over the temperature", False, False),
+    ("negative_logit", "Negative logit", "mean over the dictionary, over the temperature", False, False),
+    ("gradient_norm", "Gradient norm", "", True, False),
+)
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2933; --faint: #68737d; --line: #e1e5ea; --paper: #ffffff; --card:
+#f7f8fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7eb; --faint: #9aa5b1; --line: #333c47; --paper: #14181d; --card: #1c2229; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; color: var(--ink); background: var(--paper);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 40px 0 12px; } h3 { font-size: 15px; margin: 0 0 2px; }
+p, figcaption { margin: 4px 0; color: var(--faint); font-size: 13px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; min-width: 0; }
+svg { width: 100%; height: auto; display: block; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
+svg .grid { stroke: var(--line); } svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { overflow-wrap: anywhere; }
+th { font-weight: 600; } thead th { color: var(--faint); font-weight: 500; }
+tr.differs td { font-weight: 600; } tr.default { color: var(--faint); }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 8px 0 12px; font-size: 14px; }
+figure { margin: 0 0 16px; } figure img { max-width: 100%; height: auto; border-radius: 4px; background: #ffffff; }
+details { margin-top: 8px; } summary { cursor: pointer; color: var(--faint); }
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    name: str
+    colour: str
+    recipe: Recipe
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    quarantine: list[dict[str, Any]]
+
+
+def read_run(folder: Path, name: str, colour: str) -> Run:
+    """Raises FileNotFoundError when `folder` is not a run that logged something."""
+    recipe_file = folder / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a run: no recipe.yaml in it; give the folder that train.py wrote (--out)"
+        )
+    quarantine = []
+    if (folder / "quarantine.jsonl").is_file():
+        for line in (folder / "quarantine.jsonl").read_text().splitlines():
+            try:
+                quarantine.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # the line that was being written
+    # Several passes meet the same bad sample again.
+    unique = {(q.get("source"), q.get("shard"), q.get("key"), q.get("sample_id")): q for q in quarantine}
+    return Run(folder, name, colour, recipes.load(recipe_file), read_metrics(folder), list(unique.values()))
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The folders' own names, with as much of the path before them as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("the same run is named twice")
+
+
+def _last(run: Run, field: str) -> float | None:
+    values = series(run.rows, field)[1]
+    return values[-1] if values else None
+
+
+def _number(value: float | None, percent: bool = False) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %" if percent else short(value)
+
+
+def _swatch(run: Run) -> str:
+    return f'<span class="swatch" style="background:{run.colour}"></span>{html.escape(run.name)}'
+
+
+def summary(runs: list[Run]) -> str:
+    head = (
+        "run",
+        "step",
+        "epoch",
+        "loss",
+        "kNN now",
+        "kNN best",
+        "images/s (median)",
+        "data wait (median)",
+        "left out",
+    )
+    lines = []
+    for run in runs:
+        knn, speed, wait = (series(run.rows, field)[1] for field in ("knn", "images_per_second", "data_wait"))
+        cells = [
+            _number(_last(run, "step")),
+            _number(_last(run, "epoch")),
+            _number(_last(run, "loss")),
+            _number(_last(run, "knn"), percent=True),
+            _number(max(knn, default=None), percent=True),
+            _number(statistics.median(speed) if speed else None),
+            _number(statistics.median(wait) if wait else None, percent=True),
+            f"{len(run.quarantine)} images",
+        ]
+        lines.append(f"<tr><th>{_swatch(run)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def charts(runs: list[Run]) -> str:
+    cards = []
+    for field, title, note, from_zero, percent in CHARTS:
+        lines = [Line(run.name, run.colour, *series(run.rows, field)) for run in runs]
+        if any(line.steps for line in lines):
+            svg = line_chart(lines, title, from_zero=from_zero, percent=percent)
+            cards.append(f'<div class="card" id="chart-{field}"><h3>{title}</h3><p>{note}</p>{svg}</div>')
+    legend = "".join(f"<span>{_swatch(run)}</span>" for run in runs)
+    return f'<div class="legend">{legend}</div><div class="charts">{"".join(cards)}</div>'
+
+
+def recipe_table(runs: list[Run]) -> str:
+    """Every field, a column a run; what differs between the runs in bold, what is the default in grey."""
+    values = [recipes.to_dict(run.recipe) for run in runs]
+    usual = recipes.to_dict(Recipe())
+    lines = []
+    for field in usual:
+        column = [v[field] for v in values]
+        differs = any(v != column[0] for v in column)
+        kind = "differs" if differs else "default" if column[0] == usual[field] else ""
+        cells = "".join(f"<td>{html.escape(str(v))}</td>" for v in column)
+        lines.append(f'<tr class="{kind}"><td>{field}</td>{cells}</tr>')
+    header = "".join(f"<th>{_swatch(run)}</th>" for run in runs)
+    return (
+        f'<div class="scroll"><table><thead><tr><th>field</th>{header}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def quarantine_table(runs: list[Run]) -> str:
+    """Counts by reason, then the images themselves, folded away."""
+    parts = []
+    for run in runs:
+        if not run.quarantine:
+            parts.append(f"<p>{_swatch(run)}: none</p>")
+            continue
+        reasons = collections.Counter(str(q.get("reason", "?")) for q in run.quarantine).most_common(12)
+        counts = "".join(f"<tr><td>{n}</td><td>{html.escape(reason)}</td></tr>" for reason, n in reasons)
+        some = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(q.get(f, '')))}</td>" for f in ("shard", "key", "reason")) + "</tr>"
+            for q in run.quarantine[:100]
+        )
+        parts.append(
+            f"<h3>{_swatch(run)}: {len(run.quarantine)} images</h3>"
+            f'<div class="scroll"><table><tbody>{counts}</tbody></table>'
+            f"<details><summary>which</summary><table><tbody>{some}</tbody></table></details></div>"
+        )
+    return "".join(parts)
+
+
+def picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def pictures(run: Run, images: int) -> str:
+    """Two views and neighbours. What cannot be drawn (the data may have moved) is said and costs nothing else."""
+    parts = []
+    views = run.folder / "views.png"
+    neighbours = run.folder / "neighbours.png"
+    try:
+        if not views.is_file():
+            draw_views(run.recipe, views)
+        parts.append(picture(views, f"What the encoder sees: originals and their two views, recipe {run.recipe.views}"))
+    except (ValueError, OSError, RuntimeError) as error:
+        parts.append(f"<p>Views not drawn: {html.escape(str(error))}</p>")
+    try:
+        data = run.recipe.knn_data or run.recipe.data
+        newest = max((p.stat().st_mtime for p in (run.folder / "checkpoints").glob("*.pt")), default=0.0)
+        if images and not (neighbours.is_file() and neighbours.stat().st_mtime > newest):
+            make_gallery(load_encoder(run.folder), open_source(data), neighbours, images=images, queries=6)
+        if neighbours.is_file():
+            parts.append(
+                picture(neighbours, "Nearest neighbours: the query left, green frame for its class, red for others")
+            )
+    except (ValueError, OSError, RuntimeError) as error:
+        parts.append(f"<p>Neighbours not drawn: {html.escape(str(error))}</p>")
+    return f'<section class="card"><h3>{_swatch(run)}</h3>{"".join(parts)}</section>'
+
+
+def draw_views(r: Recipe, output: Path) -> None:
+    """The picture of `python -m pipeline.preview` with the run's own views. ValueError with what that said."""
+    command = [sys.executable, "-m", "pipeline.preview", f"--data={r.data}", f"--output={output}"]
+    command += [f"--views={r.views}", f"--image_size={r.image_size}", f"--crop_min={r.crop_min}", f"--seed={r.seed}"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: "))
+
+
+def write_report(folders: list[Path], output: Path, *, images: int = 1000) -> Path:
+    """Writes the page. images: how many of a run's images are searched for neighbours; 0: no such picture.
+
+    Raises FileNotFoundError for a folder that is not a run, ValueError when more runs are given than can be told apart.
+    """
+    if not 1 <= len(folders) <= len(COLOURS):
+        raise ValueError(f"{len(folders)} runs; between 1 and {len(COLOURS)} can be told apart by colour on one page")
+    runs = [read_run(*item) for item in zip(folders, names_of(folders), COLOURS)]
+    title = html.escape(" · ".join(run.name for run in runs))
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MoCo pre-training: {title}</title><style>{STYLE}</style></head><body>
+<h1>{title}</h1><p>MoCo pre-training, as of {time.strftime("%Y-%m-%d %H:%M")}</p>
+<h2>Where it stands</h2>{summary(runs)}
+<h2>Curves</h2>{charts(runs)}
+<h2>Pictures</h2>{"".join(pictures(run, images) for run in runs)}
+<h2>Images left out</h2>{quarantine_table(runs)}
+<h2>Recipe</h2>{recipe_table(runs)}
+</body></html>
+"""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".tmp")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(output)
+    return output
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m transfer.report", description="One HTML page about one run or several.")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--output", type=Path | None, help="the page; RUN/report.html of the first run when left out")
+    parser.add_argument("--images", type=NonNegativeInt, default=1000, help="search so many for neighbours; 0: none")
+    args = parser.parse_args()
+    print(write_report(args.runs, args.output or args.runs[0] / "report.html", images=args.images))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
