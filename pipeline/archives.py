@@ -133,8 +133,14 @@ def _members(tar: tarfile.TarFile, place: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _sample(images: list[Entry], beside: list[tuple[str, int, int]], found: Found) -> Iterator[Entry]:
+    """What has one key: images, and what lies beside them. Beside `x.jpg` and `x.json`, `x.mask.png` is no image."""
     if not images:
-        found.ignored.update(ext or "no extension" for ext, _, _ in beside)
+        found.ignored.update(extension or "no extension" for extension, _, _ in beside)
+    plain = [image for image in images if image.name.rpartition("/")[2].count(".") == 1]
+    if beside and plain:
+        parts = [(image.name.rpartition("/")[2].partition(".")[2], image.offset, image.size) for image in images]
+        beside = beside + [part for image, part in zip(images, parts) if image not in plain]
+        images = plain
     for image in images:
         yield image._replace(beside=beside) if beside else image
 

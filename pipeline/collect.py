@@ -65,7 +65,7 @@ class Found:
         elif folders[: len(self.root)] != self.root:
             same = (a == b for a, b in zip(folders, self.root))
             self.root = self.root[: next((i for i, equal in enumerate(same) if not equal), len(folders))]
-        for depth, folder in enumerate(folders[:8]):
+        for depth, folder in enumerate(folders):
             if depth == len(self.folders):
                 self.folders.append({})
             if len(self.folders[depth]) <= MOST_CLASSES:

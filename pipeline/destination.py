@@ -14,7 +14,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it."""
     import fsspec  # a fifth of a second, and only remote places need it
 
-    return fsspec.core.url_to_fs(url)
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # other processes write there too
 
 
 def join(place: str, name: str) -> str:
@@ -34,7 +34,6 @@ def names(place: str) -> set[str]:
     if not is_remote(place):
         return {p.name for p in local_path(place).iterdir()} if local_path(place).is_dir() else set()
     fs, path = file_system(place)
-    fs.invalidate_cache()
     with contextlib.suppress(FileNotFoundError):
         return {str(found).rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False)}
     return set()

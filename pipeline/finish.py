@@ -112,15 +112,15 @@ def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[
     sheet = Image.new("RGB", (across * CELL, -(-chosen // across) * (CELL + 12)), "white")
     draw = ImageDraw.Draw(sheet)
     generator = random.Random(seed)
-    warnings.simplefilter("ignore")  # what Pillow thinks of the images' metadata
-    for cell in range(chosen):
-        tar, samples = tars[cell * len(tars) // chosen]
-        image, label = _sample(destination.join(dest, tar), generator.randrange(samples))
-        thumbnail = ImageOps.contain(image, (CELL - 4, CELL - 4))
-        x, y = cell % across * CELL, cell // across * (CELL + 12)
-        sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
-        text = classes[int(label)] if label.isdecimal() and int(label) < len(classes) else label
-        draw.text((x + 4, y + CELL - 1), text.encode("ascii", "replace").decode()[:20], fill="black")
+    with warnings.catch_warnings(action="ignore"):  # Pillow's opinions on metadata
+        for cell in range(chosen):
+            tar, samples = tars[cell * len(tars) // chosen]
+            image, label = _sample(destination.join(dest, tar), generator.randrange(samples))
+            thumbnail = ImageOps.contain(image, (CELL - 4, CELL - 4))
+            x, y = cell % across * CELL, cell // across * (CELL + 12)
+            sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
+            text = classes[int(label)] if label.isdecimal() and int(label) < len(classes) else label
+            draw.text((x + 4, y + CELL - 1), text.encode("ascii", "replace").decode()[:20], fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

@@ -203,7 +203,13 @@ def state_folder(dest: str) -> Iterator[Path]:
         for place in (folder, folder.parent, folder.parent / "train", folder.parent / "val"):
             for left in place.glob(".shard-*.tmp"):  # of workers that were killed
                 left.unlink(missing_ok=True)
-        yield folder
+        try:
+            yield folder
+        finally:
+            if not (folder / "job.json").exists():  # nothing was begun, nothing is left behind
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()  # if it is empty
         return
     with tempfile.TemporaryDirectory(prefix="make_shards-") as temporary:
         if set(LISTING) <= destination.names(destination.join(dest, STATE)):
@@ -219,7 +225,12 @@ def begun(state: Path, job: dict[str, Any], dest: str) -> Listing | None:
         if any(re.fullmatch(r".*\.tar", name) for name in destination.names(dest)):
             raise ValueError(f"{dest} holds tars that make_shards did not begin: name another folder")
         return None
-    refuse_if_changed(json.loads((state / "job.json").read_text()), job, dest)
+    before = json.loads((state / "job.json").read_text())
+    if before != job and not any(name.endswith(".json") and "shard-" in name for name in destination.names(str(state))):
+        remove_state(dest)  # no shard is done: the mistake in the earlier command costs nothing
+        state.mkdir(exist_ok=True)
+        return None
+    refuse_if_changed(before, job, dest)
     return Listing(state)
 
 
@@ -267,9 +278,9 @@ def remove_state(dest: str) -> None:
     place = destination.join(dest, STATE)
     if not is_remote(place):
         shutil.rmtree(local_path(place), ignore_errors=True)
-    elif names := destination.names(place):
+    elif destination.names(place):
         fs, path = destination.file_system(place)
-        fs.rm([f"{path}/{name}" for name in names])
+        fs.rm(path, recursive=True)
 
 
 def _copy_up(state: Path, records: str) -> None:

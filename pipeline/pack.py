@@ -64,13 +64,13 @@ def pack(task: PackTask) -> int:
     Its record: samples, bytes, checksum, images of each label, what was rejected and why. A shard of which nothing is
     left is not written.
     """
-    warnings.simplefilter("ignore", UserWarning)  # what Pillow thinks of the images' metadata
     pixel_guard, Image.MAX_IMAGE_PIXELS = (
         Image.MAX_IMAGE_PIXELS,
         None,
     )  # ours is `max_pixels`; Pillow's would warn below it
     try:
-        with destination.writing(task.shard) as file:
+        # Pillow's opinions on metadata are nobody's concern here.
+        with warnings.catch_warnings(action="ignore"), destination.writing(task.shard) as file:
             sink = _Sink(file)
             record, index = _write(task, sink)
             record |= {"bytes": sink.bytes, "checksum": f"xxh3_64:{sink.hash.hexdigest()}"}

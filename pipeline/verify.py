@@ -5,10 +5,12 @@ What Pillow decodes is accepted: the loader decodes the same way where DALI coul
 
 import functools
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import simplejpeg  # type: ignore[import-untyped]
 from PIL import Image, ImageCms
 
 EXTENSIONS = {
@@ -127,54 +129,48 @@ def _encode_again(data: bytes, image: Image.Image, extension: str, options: Opti
     scale = min(options.short_side / min(width, height), 1.0) if options.short_side else 1.0
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
     kind = "jpg" if options.convert or extension == "jpg" else extension if extension in KEPT else "png"
-    orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info or extension != "jpg" else 1
+    with warnings.catch_warnings(action="ignore"):  # damaged metadata are no reason to lose the image
+        orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info or extension != "jpg" else 1
     profile = _profile(image.info.get("icc_profile"), image.mode)
 
-    if kind == "jpg" and extension == "jpg" and image.mode == "RGB" and profile is None:
-        shrunken = _shrink_jpeg(data, image, size, TURNS.get(orientation), options.quality)
-        if shrunken is not None:
-            return shrunken, "jpg"
-
-    image = _plain_mode(image)
+    small = _shrink_jpeg(data, image, size) if extension == "jpg" and image.mode == "RGB" else None
+    if small is not None and profile is None and orientation not in TURNS:
+        return bytes(simplejpeg.encode_jpeg(small, quality=options.quality, colorsubsampling="420")), "jpg"
+    if small is not None:
+        image = Image.fromarray(small)
+    else:
+        image = _plain_mode(image)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
     if profile is not None:
         image = ImageCms.applyTransform(image, profile) or image
     if kind == "jpg" and image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
     return _save(image, kind, options.quality), kind
 
 
-def _shrink_jpeg(
-    data: bytes, image: Image.Image, size: tuple[int, int], turn: Image.Transpose | None, quality: int
-) -> bytes | None:
-    """A JPEG of `size` (width, height, before the turn) from one in RGB: the way of nearly all photographs.
+def _shrink_jpeg(data: bytes, image: Image.Image, size: tuple[int, int]) -> np.ndarray | None:
+    """RGB uint8 [H, W, 3] of `size` (width, height) from a JPEG in RGB: the way of nearly all photographs.
 
-    None when libjpeg's strict reading fails; Pillow may still know what to do. It is decoded at half, a quarter or an
-    eighth where that is no smaller than `size`. (The DCT's other fractions, 7/8 … 3/8, have no vector code in
-    libjpeg-turbo: they were slower than decoding all of it.)
+    None when libjpeg has warnings: then Pillow decides. Where the DCT can give half of the size or less, and still no
+    less than `size`, it is decoded at that.
     """
     import torch  # here: only those who shrink images pay for it
-    import torchvision.io as tio
 
     torch.set_num_threads(1)  # the processes are what runs in parallel
-    if image.size[0] >= 2 * size[0] and image.size[1] >= 2 * size[1]:
-        image.draft("RGB", size)
-        pixels = torch.from_numpy(np.array(image))
-    else:
-        try:
-            pixels = tio.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), tio.ImageReadMode.RGB)
-        except RuntimeError:
-            return None
-        pixels = pixels.permute(1, 2, 0)
+    try:
+        # The DCT's other fractions, 7/8 … 5/8, have no vector code in libjpeg-turbo: decoding all of it is faster.
+        factor = 2 if image.size[0] >= 2 * size[0] and image.size[1] >= 2 * size[1] else 1
+        least = (size[1], size[0]) if factor == 2 else (0, 0)
+        array = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=factor)
+    except ValueError:
+        return None
     # In this order of operations the strides say channels last, and resizing takes its fast vector path.
-    pixels = pixels[None].permute(0, 3, 1, 2)  # uint8 [1, 3, H, W]
+    pixels = torch.from_numpy(array)[None].permute(0, 3, 1, 2)  # uint8 [1, 3, H, W]
     pixels = torch.nn.functional.interpolate(pixels, (size[1], size[0]), mode="bicubic", antialias=True)
-    if turn is not None:
-        return _save(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).transpose(turn), "jpg", quality)
-    return tio.encode_jpeg(pixels[0], quality=quality).numpy().tobytes()
+    return pixels[0].permute(1, 2, 0).numpy()
 
 
 def _plain_mode(image: Image.Image) -> Image.Image:

@@ -1,0 +1,351 @@
+"""make_shards takes what people have: links, lists, ImageNet's tars, shards, zips, URLs; nothing is lost or doubled."""
+
+import io
+import json
+import multiprocessing.forkserver
+import os
+import random
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from pipeline.collect import Found, Listing, collect
+from pipeline.make_shards import make_shards
+from pipeline.verify import EXTENSIONS, Options
+
+
+def make(src: Path | str, dest: Path | str, **more: Any) -> dict[str, Any]:
+    make_shards(str(src), str(dest), options=Options(), **{"num_workers": 1, **more})
+    with fsspec.open(f"{dest}/make_shards.json") as file:
+        return json.load(file)
+
+
+def read_shards(dest: Path | str) -> dict[str, dict[str, bytes]]:
+    """Samples by key, from all tars of a folder or URL."""
+    fs, path = fsspec.core.url_to_fs(str(dest))
+    samples: dict[str, dict[str, bytes]] = {}
+    for place in sorted(fs.glob(f"{path}/*.tar")):
+        with tarfile.open(fileobj=io.BytesIO(fs.cat_file(place))) as tar:
+            for member in tar.getmembers():
+                key, _, extension = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None and extension not in samples.setdefault(key, {})
+                samples[key][extension] = content.read()
+    return samples
+
+
+def labelled(dest: Path | str) -> Counter[tuple[bytes, str]]:
+    """Images with the names of their classes."""
+    with fsspec.open(f"{dest}/manifest.json") as file:
+        classes = json.load(file)["classes"]
+    found: Counter[tuple[bytes, str]] = Counter()
+    for sample in read_shards(dest).values():
+        image = next(v for k, v in sample.items() if k in EXTENSIONS.values())
+        label = int(sample["cls"]) if "cls" in sample else -1
+        found[image, classes[label] if 0 <= label < len(classes) else str(label)] += 1
+    return found
+
+
+def by_folder(image_folder: Path) -> Counter[tuple[bytes, str]]:
+    return Counter((p.read_bytes(), p.parent.name) for p in image_folder.rglob("*.*"))
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_folder_with_links_and_odd_names(image_folder: Path, tmp_path: Path) -> None:
+    images = sorted(image_folder.rglob("*.jpg"))
+    root = tmp_path / "src"
+    (root / "a/deep er/x").mkdir(parents=True)
+    (root / "b").mkdir()
+    (tmp_path / "outside").mkdir()
+    names = [root / "a/UPPER.JPG", root / "a/two.dots.JpEg", root / "a/deep er/x/ümlaut 図.jpg", root / "b/plain.jpg"]
+    names.append(Path(os.fsdecode(os.fsencode(root) + b"/b/latin\xe9.jpg")))  # not UTF-8
+    for name, image in zip(names, images):
+        name.write_bytes(image.read_bytes())
+    (tmp_path / "outside/linked.jpg").write_bytes(images[5].read_bytes())
+    (root / "b/folder").symlink_to(tmp_path / "outside")
+    (root / "b/file.jpg").symlink_to(images[6])
+    (root / "b/loop").symlink_to(root)  # into itself
+    (root / "b/nowhere.jpg").symlink_to(root / "gone.jpg")
+    (root / "b/._plain.jpg").write_bytes(b"\0\5\26\7 what macOS leaves")
+    (root / "b/.DS_Store").write_bytes(b"x")
+    summary = make(root, tmp_path / "d")
+    assert summary["found"] == 9 and summary["packed"] == 7
+    assert summary["reasons"] == {"no such file": 1, "not an image": 1}
+    expected = Counter((image.read_bytes(), "a" if i < 3 else "b") for i, image in enumerate(images[:7]))
+    assert labelled(tmp_path / "d") == expected
+
+
+def test_what_is_a_class(image_folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(image_folder.rglob("*.jpg"))[:4]):
+        (flat / f"{i}.jpg").write_bytes(path.read_bytes())
+    assert make(flat, tmp_path / "d1")["classes"] == 0
+    nested = tmp_path / "nested/data/images"
+    nested.mkdir(parents=True)
+    (nested / "train").symlink_to(image_folder)  # folders that all images share are no classes
+    make(tmp_path / "nested", tmp_path / "d2")
+    assert labelled(tmp_path / "d2") == by_folder(image_folder)
+    assert make(image_folder, tmp_path / "d3", labels="none")["classes"] == 0
+    assert not any("cls" in sample for sample in read_shards(tmp_path / "d3").values())
+
+
+def test_destination_inside_the_source(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "src"
+    (root / "images").mkdir(parents=True)
+    for path in sorted(image_folder.rglob("*.jpg"))[:3]:
+        (root / "images" / f"{path.parent.name}_{path.name}").write_bytes(path.read_bytes())
+    assert make(root, root / "shards")["found"] == 3
+    make(root, root / "shards")  # its contact sheet is no input
+    assert "is complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["txt", "tab.txt", "plain.txt", "csv", "headless.csv", "tsv", "parquet"])
+def test_lists(kind: str, image_folder: Path, tmp_path: Path) -> None:
+    """Paths relative and absolute, labels, columns; a file that is not there is counted."""
+    images = sorted(image_folder.rglob("*.*"))[::4]
+    rows: list[dict[str, Any]] = [
+        {"path": str(p), "label": p.parent.name, "caption": f'№ {i}, "x"', "year": i} for i, p in enumerate(images)
+    ]
+    for row in rows[::2]:
+        row["path"] = os.path.relpath(row["path"], tmp_path)
+    rows.append({"path": "gone.jpg", "label": "class_0", "caption": "", "year": -1})
+    numbers = kind == "txt"  # Caffe's way
+    if numbers:
+        for row in rows:
+            row["label"] = str(row["label"])[-1]
+    place = tmp_path / f"list.{kind}"
+    match kind:
+        case "txt":
+            place.write_text("".join(f"{r['path']} {r['label']}\n" for r in rows))
+        case "tab.txt":
+            place.write_text("".join(f"{r['path']}\t{r['label']}\n" for r in rows))
+        case "plain.txt":
+            place.write_text("".join(f"{r['path']}\n" for r in rows) + "\n")
+        case "parquet":
+            pa = pytest.importorskip("pyarrow")
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pa.Table.from_pylist(rows), place)
+        case _:
+            import csv
+
+            with place.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+                if kind != "headless.csv":
+                    writer.writeheader()
+                writer.writerows(rows)
+    summary = make(place, tmp_path / "d")
+    assert summary["found"] == len(rows) and summary["reasons"] == {"no such file": 1}
+    samples = read_shards(tmp_path / "d")
+    assert len(samples) == len(images)
+    if kind != "plain.txt":
+        expected = Counter((p.read_bytes(), p.parent.name[-1] if numbers else p.parent.name) for p in images)
+        assert labelled(tmp_path / "d") == expected
+    for key, sample in samples.items():
+        row = rows[int(key.partition("-")[0])]
+        columns = json.loads(sample.get("json", b"{}"))
+        if kind in ("csv", "tsv"):
+            assert columns == {"caption": row["caption"], "year": str(row["year"])}
+        elif kind == "parquet":
+            assert columns == {"caption": row["caption"], "year": row["year"]}
+        elif kind == "headless.csv":
+            assert columns == {"column_2": row["caption"], "column_3": str(row["year"])}
+        else:
+            assert "json" not in sample
+
+
+@pytest.fixture
+def imagenet(image_folder: Path, tmp_path: Path) -> Path:
+    """ILSVRC2012's files: a tar of class tars, a flat tar, its labels as lines of synsets in the order of the names."""
+    root = tmp_path / "imagenet"
+    root.mkdir()
+    synsets = {f"class_{i}": f"n0144076{i}" for i in range(3)}
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for name in sorted(synsets, reverse=True):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for i, path in enumerate(sorted((image_folder / name).iterdir())):
+                    add(tar, f"{synsets[name]}_{i}.JPEG", path.read_bytes())
+            add(outer, f"{synsets[name]}.tar", inner.getvalue())
+    val = sorted(image_folder.rglob("*.jpg"))
+    random.Random(0).shuffle(val)
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar:
+        for i in random.Random(1).sample(range(20), 20):
+            add(tar, f"ILSVRC2012_val_{i + 1:08d}.JPEG", val[i].read_bytes())
+    wnids = [synsets[path.parent.name] for path in val[:20]]
+    (root / "synsets.txt").write_text("".join(f"{wnid}\n" for wnid in wnids))
+    (root / "LOC_val_solution.csv").write_text(  # Kaggle's: no extension, boxes after the synset
+        "ImageId,PredictionString\n"
+        + "".join(f"ILSVRC2012_val_{i + 1:08d},{wnid} 1 2 30 40 \n" for i, wnid in enumerate(wnids))
+    )
+    (root / "truth.json").write_text(
+        json.dumps([[path.read_bytes().hex(), synsets[path.parent.name]] for path in val[:20]])
+    )
+    return root
+
+
+def test_imagenet(imagenet: Path, image_folder: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    make(imagenet / "ILSVRC2012_img_train.tar", train)
+    names = {f"n0144076{i}": f"class_{i}" for i in range(3)}
+    assert Counter((image, names[label]) for image, label in labelled(train).elements()) == by_folder(image_folder)
+    truth = Counter((bytes.fromhex(image), label) for image, label in json.loads((imagenet / "truth.json").read_text()))
+    for labels in ("synsets.txt", "LOC_val_solution.csv"):
+        val = tmp_path / labels
+        make(imagenet / "ILSVRC2012_img_val.tar", val, labels=str(imagenet / labels), classes=str(train))
+        assert labelled(val) == truth
+        assert json.loads((val / "manifest.json").read_text())["classes"] == sorted(names)
+    lines = (imagenet / "synsets.txt").read_text().splitlines()
+    (imagenet / "short.txt").write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"19 labels and no names, for 20 images"):
+        make(imagenet / "ILSVRC2012_img_val.tar", tmp_path / "x", labels=str(imagenet / "short.txt"))
+    (imagenet / "other.txt").write_text("\n".join(["n99999999", *lines[1:]]))
+    with pytest.raises(ValueError, match=r"not among the 3 classes, the first: n99999999"):
+        make(
+            imagenet / "ILSVRC2012_img_val.tar", tmp_path / "x", labels=str(imagenet / "other.txt"), classes=str(train)
+        )
+
+
+def test_class_tars_side_by_side(imagenet: Path, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(imagenet / "ILSVRC2012_img_train.tar") as tar:
+        tar.extractall(tmp_path / "tars", filter="data")
+    make(tmp_path / "tars", tmp_path / "d")
+    names = {f"n0144076{i}": f"class_{i}" for i in range(3)}
+    assert Counter((image, names[label]) for image, label in labelled(tmp_path / "d").elements()) == by_folder(
+        image_folder
+    )
+
+
+def test_tar_of_class_folders(shared_data: Path, tmp_path: Path) -> None:
+    """CIFAR-10's tar holds test/CLASS/NAME.png."""
+    found = Found()
+    listing = Listing.write(
+        tmp_path, collect(str(shared_data / "cifar10-test.tar"), found), found, classes=[], labels=True
+    )
+    labels = Counter(listing.label(listing[i]) for i in range(0, len(listing), 7))
+    assert len(listing) == 10_000 and set(labels) == set(range(10)) and listing.classes[0] == "airplane"
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names(form: int, image_folder: Path, tmp_path: Path) -> None:
+    paths = sorted(image_folder.rglob("*.*"))
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for path in paths:
+            tar.add(path, f"{'a very long folder/' * 20}{path.parent.name}/図-{path.name}")
+    make(tmp_path / "a.tar", tmp_path / "d")
+    assert labelled(tmp_path / "d") == by_folder(image_folder)
+
+
+def test_resharding_keeps_every_member(tmp_path: Path, shards_dir: Path, image_folder: Path) -> None:
+    """Captions, metadata, labels go along; class names come from the manifest beside the shards; keys do not grow."""
+    old = tmp_path / "old"
+    old.mkdir()
+    samples = read_shards(shards_dir)
+    keys = sorted(samples)
+    for s in range(2):
+        with tarfile.open(old / f"{s:05d}.tar", "w") as tar:
+            for key in keys[s::2]:
+                for extension in random.Random(key).sample(sorted(samples[key]), 2):
+                    add(tar, f"sub/{key}.{extension}", samples[key][extension])
+                add(tar, f"sub/{key}.txt", f"caption of {key}".encode())
+                add(tar, f"sub/{key}.seg.png", b"not looked at")
+    (old / "manifest.json").write_bytes((shards_dir / "manifest.json").read_bytes())
+    summary = make(old, tmp_path / "new", samples_per_shard=7, seed=5)
+    assert (summary["packed"], summary["shards"]) == (60, {"": 9})
+    assert labelled(tmp_path / "new") == by_folder(image_folder)
+    for key, sample in read_shards(tmp_path / "new").items():
+        original = sample["txt"].decode().removeprefix("caption of ")
+        assert {k: v for k, v in sample.items() if k in samples[original]} == samples[original]
+        assert sample["seg.png"] == b"not looked at"
+        assert key.partition("-")[2] == original.partition("-")[2]
+    braces = make(f"{old}/{{00000..00001}}.tar", tmp_path / "braces")
+    assert braces["packed"] == 60
+
+
+def test_damaged_archives_are_errors(image_folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(image_folder, "x")
+    whole = (tmp_path / "a.tar").read_bytes()
+    for length in (len(whole) // 2, 20_000):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut\.tar is (damaged or )?cut short"):
+            make(tmp_path / "cut.tar", tmp_path / "d")
+    (tmp_path / "bad.zip").write_bytes(b"PK\3\4 nothing")
+    with pytest.raises(ValueError, match=r"not a whole zip"):
+        make(tmp_path / "bad.zip", tmp_path / "d")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(image_folder, "x")
+    with pytest.raises(ValueError, match="is compressed"):
+        make(tmp_path / "a.tar.gz", tmp_path / "d")
+    (tmp_path / "gz.tar").write_bytes((tmp_path / "a.tar.gz").read_bytes())
+    with pytest.raises(ValueError, match="not a tar"):
+        make(tmp_path / "gz.tar", tmp_path / "d")
+
+
+def test_zip(image_folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, path in enumerate(sorted(image_folder.rglob("*.*"))):
+            how = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[i % 2]
+            archive.write(path, f"data/{path.relative_to(image_folder)}", how)
+        archive.writestr("data/class_1/lzma.jpg", b"x" * 100, zipfile.ZIP_LZMA)
+        archive.writestr("__MACOSX/data/class_1/._x.jpg", b"resource fork")
+    summary = make(tmp_path / "a.zip", tmp_path / "d")
+    assert summary["reasons"] == {"zip member not readable": 1}
+    assert labelled(tmp_path / "d") == by_folder(image_folder)
+
+
+@pytest.fixture
+def bucket(image_folder: Path) -> Iterator[str]:
+    """An object store in another process, as S3's own protocol has it."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
+    settings |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    fs.mkdir("things")
+    for path in image_folder.rglob("*.*"):
+        fs.put_file(str(path), f"things/images/{path.relative_to(image_folder)}")
+    yield "s3://things"
+    server.stop()
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.mark.slow
+def test_from_and_to_an_object_store(bucket: str, image_folder: Path, tmp_path: Path) -> None:
+    fs = fsspec.filesystem("s3")
+    options = {"samples_per_shard": 15, "dedup": True}
+    make(f"{bucket}/images", f"{bucket}/shards", **options)
+    make(image_folder, tmp_path / "local", **options)
+    for path in sorted((tmp_path / "local").iterdir()):
+        if path.name != "make_shards.json":
+            assert fs.cat_file(f"things/shards/{path.name}") == path.read_bytes(), path.name
+    assert len(fs.ls("things/shards")) == len(list((tmp_path / "local").iterdir()))  # nothing is left of the work
+    # A list of URLs, sizes unknown, one of them wrong; into a local folder. Then remote shards once more.
+    names = sorted(p.relative_to(image_folder) for p in image_folder.rglob("*.*"))
+    (tmp_path / "urls.txt").write_text("".join(f"{bucket}/images/{name}\n" for name in [*names, "none/there.jpg"]))
+    summary = make(tmp_path / "urls.txt", tmp_path / "listed")
+    assert (summary["packed"], summary["reasons"]) == (60, {"no such file": 1})
+    assert make(f"{bucket}/shards", tmp_path / "again")["packed"] == 60
+    assert labelled(tmp_path / "again") == by_folder(image_folder)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        make(f"{bucket}/nothing", tmp_path / "x")
