@@ -47,6 +47,11 @@ class SplitBatchNorm(_BatchNorm):
             raise ValueError(f"a rank's batch of {input.shape[0]} does not divide into bn_groups {self.groups}")
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        out = self._fusible(input) if torch.compiler.is_compiling() else self._by_parts(input)
+        return cast(Tensor, self.act(self.drop(out)))
+
+    def _by_parts(self, input: Tensor) -> Tensor:
+        """The library's batch norm for each part."""
         share = (self.momentum or 0.0) / self.groups
         parts = []
         for i, part in enumerate(input.chunk(self.groups)):
@@ -57,7 +62,24 @@ class SplitBatchNorm(_BatchNorm):
                     part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps
                 )
             )
-        return cast(Tensor, self.act(self.drop(torch.cat(parts))))
+        return torch.cat(parts)
+
+    def _fusible(self, input: Tensor) -> Tensor:
+        """The same in plain operations: torch.compile makes of them as few kernels, and as little to compile, as of one
+        group, where the parts would be `groups` times as many. Not compiled they would be slow.
+        """
+        x = input.unflatten(0, (self.groups, -1)).float()  # [groups, n, C, ...]
+        var, mean = torch.var_mean(x, dim=[1, *range(3, x.dim())], correction=0, keepdim=True)
+        if self.running_mean is not None and self.running_var is not None:
+            count = x.numel() // (self.groups * x.shape[2])
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.mean(dim=0).flatten(), self.momentum or 0.0)
+                self.running_var.lerp_(var.mean(dim=0).flatten() * (count / (count - 1)), self.momentum or 0.0)
+        x = (x - mean) * (var + self.eps).rsqrt()
+        if self.affine:
+            channels = [-1] + [1] * (input.dim() - 2)
+            x = x * self.weight.view(channels) + self.bias.view(channels)
+        return x.to(input.dtype).flatten(0, 1)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -33,14 +33,16 @@ def separate(norm: nn.BatchNorm2d, images: Tensor, groups: int) -> tuple[Tensor,
     return out, mean
 
 
-@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize(("groups", "compiled"), [(1, False), (2, False), (8, False), (4, True)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_split_is_separate_batchnorms(groups: int, layout: torch.memory_format) -> None:
+def test_split_is_separate_batchnorms(groups: int, compiled: bool, layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(6)
     nn.init.uniform_(norm.weight)
     nn.init.uniform_(norm.bias)
     split = SplitBatchNorm(norm, groups)
+    if compiled:
+        split.compile(backend="aot_eager")
     for _ in range(3):
         images = (3 * torch.randn(16, 6, 5, 5) + 1).to(memory_format=layout)
         x, y = images.clone().requires_grad_(), images.clone().requires_grad_()

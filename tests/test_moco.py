@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from moco_runs import BATCH, DIM, LR, MOMENTUM, QUEUE, TEMPERATURE, small_encoder, train, views
+from moco_runs import BATCH, DIM, LR, MOMENTUM, QUEUE, SAMPLES, TEMPERATURE, small_encoder, train, views
 from torch import Tensor, nn
 
 from model.batchnorm import draw_permutation, split_batchnorm
+from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo, contrastive_loss
 
 
@@ -235,6 +236,40 @@ def test_compiled_and_channels_last() -> None:
         return result
 
     np.testing.assert_allclose(losses(True), losses(False), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_on_a_gpu_waits_for_nothing(dtype: torch.dtype) -> None:
+    """All three mechanisms, with shuffle and split batch norm: not one synchronisation of host and device."""
+    encoder = split_batchnorm(small_encoder(), 4).cuda().to(memory_format=torch.channels_last)
+    moco = MoCo(encoder, dim=DIM, queue_size=QUEUE, temperature=TEMPERATURE, bn_groups=4).cuda()
+    end_to_end = EndToEnd(encoder, temperature=TEMPERATURE)
+    bank = MemoryBank(SAMPLES, dim=DIM, num_negatives=24, temperature=TEMPERATURE, device="cuda")
+    x, y, ids = (t.cuda() for t in views(0))
+    x, y = (t.to(dtype).to(memory_format=torch.channels_last) for t in (x, y))
+
+    def step() -> Tensor:
+        with torch.autocast("cuda", dtype=dtype):
+            shuffled = moco.shuffle(y)
+            q = encoder(x)
+            keys = moco.encode_keys(shuffled)
+            others = end_to_end.encode_keys(y, encoder)
+        loss = moco.loss(q, keys)[0] + end_to_end.loss(q, others)[0] + bank.loss(q, ids)[0]
+        loss.backward()
+        moco.momentum_update(encoder, MOMENTUM)
+        moco.enqueue(keys)
+        bank.update(q, ids)
+        return loss.detach()
+
+    step()  # libraries choose their algorithms
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite() and int(moco.queue_filled) == 2 * BATCH
 
 
 @pytest.mark.parametrize(
