@@ -17,7 +17,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from pipeline import views
-from pipeline.kernels_cpu import render_sample
+from pipeline.kernels_cpu import render_sample, shape_setter
 from pipeline.views import IMAGENET, Triple
 
 # Encoded bytes [n], then the parameters float32 [n, P] of each view.
@@ -25,22 +25,20 @@ Feed = Callable[[], tuple[Any, ...]]
 
 
 class _Compiled(NumbaFunction):
-    """DALI's numba operator, given the address of a function that is compiled already."""
+    """DALI's numba operator, given the addresses of functions that are compiled already."""
 
     def _get_run_fn_cpu(self, run_fn: int, *_: Any) -> int:
         return run_fn
 
+    def _get_setup_fn_cpu(self, setup_fn: int) -> int:
+        return setup_fn
+
 
 def render(image_size: int, mean: Triple, std: Triple) -> Callable[[Any, Any], Any]:
     """The operator (images, rows) -> finished views float32 [S, S, 3] on the CPU."""
-
-    def set_shapes(outs: Any, _: Any) -> None:
-        for shape in outs[0]:
-            shape[0], shape[1], shape[2] = image_size, image_size, 3
-
     operator = _Compiled(
         run_fn=render_sample.address,
-        setup_fn=set_shapes,
+        setup_fn=shape_setter(image_size).address,
         in_types=[types.UINT8, types.FLOAT, types.FLOAT],
         ins_ndim=[3, 1, 2],
         out_types=[types.FLOAT],

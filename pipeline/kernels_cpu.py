@@ -5,6 +5,7 @@ Pillow's C code are kept. Every inner loop runs over contiguous memory without a
 horizontal filter works on transposed bytes for that reason.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -20,6 +21,11 @@ Bytes = NDArray[np.uint8]
 Number = float | np.number[Any]
 Int32s = NDArray[np.int32]
 ORDERS = np.array(views.ORDERS, np.int64)
+# numba's cache looks at this file alone: the columns it was compiled for stand here, a test compares.
+COLUMNS = (
+    "top", "left", "height", "width", "grid_height", "grid_width", "grid_top", "grid_left", "flip",
+    "grey_before", "order", "brightness", "contrast", "saturation", "hue", "grey_after", "blur",
+)  # fmt: skip
 WEIGHT_BITS = 22  # Pillow's fixed point
 
 
@@ -378,3 +384,17 @@ def render_sample(outs, out_shapes, out_ndims, num_outs, ins, in_shapes, in_ndim
     row = carray(address_as_void_pointer(in_data[1]), len(views.COLUMNS), np.float32)
     norm = carray(address_as_void_pointer(in_data[2]), (2, 3), np.float32)
     render(out, image, row, norm)
+
+
+@functools.cache
+def shape_setter(image_size: int) -> Any:
+    """What DALI's numba operator calls once a batch to learn the outputs' shapes: [image_size, image_size, 3] each."""
+
+    @cfunc(types.void(*2 * [types.uint64], types.int32, *2 * [types.uint64], *2 * [types.int32]), nopython=True)
+    def set_shapes(out_shapes, out_ndims, num_outs, in_shapes, in_ndims, num_ins, samples):  # type: ignore[no-untyped-def]
+        addresses = carray(address_as_void_pointer(out_shapes), samples, np.int64)
+        for i in range(samples):
+            shape = carray(address_as_void_pointer(addresses[i]), 3, np.int64)
+            shape[0], shape[1], shape[2] = image_size, image_size, 3
+
+    return set_shapes
