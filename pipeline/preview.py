@@ -1,0 +1,133 @@
+"""A picture of what the encoder will see: originals with their crops drawn in, both views, their parameters below.
+
+    python -m pipeline.preview --data shards/photos --output views.png --views v2
+
+The samples and views are those of the first step of `--epoch` of a run with this seed and recipe.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from pipeline.graph import Graph
+from pipeline.manifest import open_source
+from pipeline.read import Reader, make_order
+from pipeline.storage import Storage
+from pipeline.views import RECIPES, describe, mean_std, sample_views
+
+CELL = 240  # side of a picture on the sheet, in pixels
+PRINT = 62  # height of the small print below it
+GAP = 12
+COLOURS = ((220, 40, 40), (40, 90, 230))  # query, key
+
+
+def preview(
+    data: str,
+    output: str | Path,
+    *,
+    views: str = "v2",
+    count: int = 6,
+    image_size: int = 224,
+    crop_min: float = 0.2,
+    seed: int = 0,
+    epoch: int = 0,
+) -> None:
+    """Writes the sheet: `count` rows of original, query and key. ValueError when the source has fewer samples."""
+    source = open_source(data)
+    storage = Storage()
+    reader = Reader(source, storage)
+    samples = reader.read(make_order(source, count, seed).draw(epoch, 0))
+    rows = [
+        sample_views(
+            views,
+            seed=seed,
+            epochs=samples.draw.epochs,
+            sample_ids=samples.draw.sample_ids,
+            view=view,
+            heights=samples.heights,
+            widths=samples.widths,
+            image_size=image_size,
+            crop_min=crop_min,
+        )
+        for view in range(2)
+    ]
+    mean, std = mean_std(views)
+    batches = iter([(samples.encoded, *rows)])
+    graph = Graph(
+        lambda: next(batches),
+        num_views=2,
+        image_size=image_size,
+        batch_size=count,
+        device="cpu",
+        dtype=torch.float32,
+        num_threads=2,
+        mean=mean,
+        std=std,
+    )
+    pixels = [_to_bytes(view, mean, std) for view in graph.run()]
+    graph.close()
+
+    width, height = 3 * CELL + 4 * GAP, count * (CELL + PRINT + GAP) + GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+    for i in range(count):
+        top = GAP + i * (CELL + PRINT + GAP)
+        original = ImageOps.exif_transpose(Image.open(io.BytesIO(samples.encoded[i].tobytes()))).convert("RGB")
+        scale = CELL / max(original.size)
+        shown = original.resize([max(1, round(side * scale)) for side in original.size])
+        for view, colour in enumerate(COLOURS):
+            y, x, h, w = (float(v) * scale for v in rows[view][i][:4])
+            ImageDraw.Draw(shown).rectangle((x, y, x + w - 1, y + h - 1), outline=colour, width=2)
+        sheet.paste(shown, (GAP + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))
+        text = f"sample {samples.draw.sample_ids[i]}\n{original.width}x{original.height}"
+        draw.text((GAP, top + CELL + 2), text, "black", font)
+        for view, colour in enumerate(COLOURS):
+            left = GAP + (view + 1) * (CELL + GAP)
+            small = image_size < CELL / 2  # few pixels: shown as squares
+            resample = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+            sheet.paste(Image.fromarray(pixels[view][i]).resize((CELL, CELL), resample), (left, top))
+            draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), outline=colour, width=2)
+            draw.text((left, top + CELL + 2), describe(rows[view][i]), colour, font, spacing=1)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(output)
+    reader.close()
+    storage.close()
+
+
+def _to_bytes(view: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Normalised [n, 3, S, S] back to uint8 [n, S, S, 3]."""
+    pixels = view.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def main() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m pipeline.preview",
+        description="Draws what the encoder will see: originals, both views, and the parameters of each view.",
+    )
+    parser.add_argument("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
+    parser.add_argument("--output", required=True, help="the picture to write, .png")
+    parser.add_argument("--views", default="v2", choices=RECIPES, help="recipe of the views")
+    parser.add_argument("--count", type=int, default=6, help="samples on the sheet")
+    parser.add_argument("--image_size", type=int, default=224, help="side of the views, pixels")
+    parser.add_argument("--crop_min", type=float, default=0.2, help="smallest share of an image's area in a crop")
+    parser.add_argument("--seed", type=int, default=0, help="of order and views")
+    parser.add_argument("--epoch", type=int, default=0, help="whose first samples are shown")
+    options = parser.parse_args().as_dict()
+    preview(options.pop("data"), options["output"], **{k: v for k, v in options.items() if k != "output"})
+    print(options["output"])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,48 @@
+"""The preview: one command, one picture of the right size, different for other epochs; errors that tell what to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, cpu_environment
+from PIL import Image
+
+from pipeline.preview import CELL, GAP, PRINT, preview
+
+
+def test_sheet_shows_originals_and_views(shards_dir: Path, tmp_path: Path) -> None:
+    sheets = []
+    for epoch in (0, 0, 1):
+        preview(str(shards_dir), tmp_path / "views.png", count=3, image_size=64, epoch=epoch)
+        sheets.append(np.asarray(Image.open(tmp_path / "views.png")))
+    assert sheets[0].shape == (3 * (CELL + PRINT + GAP) + GAP, 3 * CELL + 4 * GAP, 3)
+    assert np.array_equal(sheets[0], sheets[1]) and not np.array_equal(sheets[0], sheets[2])
+    # Every cell holds a picture, and print stands below it.
+    for row in range(3):
+        for column in range(3):
+            top, left = GAP + row * (CELL + PRINT + GAP), GAP + column * (CELL + GAP)
+            assert sheets[0][top : top + CELL, left : left + CELL].std() > 10
+            assert sheets[0][top + CELL : top + CELL + PRINT, left : left + CELL].min() < 128
+
+
+@pytest.mark.parametrize("views", ["v1", "cifar"])
+def test_other_recipes(shards_dir: Path, tmp_path: Path, views: str) -> None:
+    preview(str(shards_dir), tmp_path / "folder" / "views.png", views=views, count=2, image_size=32)
+    assert Image.open(tmp_path / "folder" / "views.png").size[0] == 3 * CELL + 4 * GAP
+
+
+def test_command_and_its_errors(shards_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.preview", "--output", str(tmp_path / "views.png"), "--count", "2"]
+    for data, code in ((str(shards_dir), 0), (str(tmp_path / "nowhere"), 2)):
+        result = subprocess.run(
+            [*command, "--data", data],
+            cwd=REPOSITORY,
+            env=cpu_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == code, result.stderr
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) <= 2
