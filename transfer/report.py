@@ -12,7 +12,6 @@ import collections
 import html
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from jsonargparse.typing import NonNegativeInt
 
 import recipe as recipes
 from pipeline.manifest import open_source
+from pipeline.preview import preview
 from recipe import Recipe
 from transfer.chart import COLOURS, Line, line_chart, short
 from transfer.curves import read_metrics, series
@@ -215,7 +215,8 @@ def pictures(run: Run, images: int) -> str:
     neighbours = run.folder / "neighbours.png"
     try:
         if not views.is_file():
-            draw_views(run.recipe, views)
+            r = run.recipe
+            preview(r.data, views, views=r.views, image_size=r.image_size, crop_min=r.crop_min, seed=r.seed)
         parts.append(picture(views, f"What the encoder sees: originals and their two views, recipe {run.recipe.views}"))
     except (ValueError, OSError, RuntimeError) as error:
         parts.append(f"<p>Views not drawn: {html.escape(str(error))}</p>")
@@ -231,15 +232,6 @@ def pictures(run: Run, images: int) -> str:
     except (ValueError, OSError, RuntimeError) as error:
         parts.append(f"<p>Neighbours not drawn: {html.escape(str(error))}</p>")
     return f'<section class="card"><h3>{_swatch(run)}</h3>{"".join(parts)}</section>'
-
-
-def draw_views(r: Recipe, output: Path) -> None:
-    """The picture of `python -m pipeline.preview` with the run's own views. ValueError with what that said."""
-    command = [sys.executable, "-m", "pipeline.preview", f"--data={r.data}", f"--output={output}"]
-    command += [f"--views={r.views}", f"--image_size={r.image_size}", f"--crop_min={r.crop_min}", f"--seed={r.seed}"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: "))
 
 
 def write_report(folders: list[Path], output: Path, *, images: int = 1000) -> Path:
