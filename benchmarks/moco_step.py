@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from model.batchnorm import ShuffleBN, arrive, split_batchnorm, unshuffle  # noqa: E402
+from model.batchnorm import ShuffleBN, Shuffled, arrive, split_batchnorm, unshuffle  # noqa: E402
 from model.encoders import build_encoder  # noqa: E402
 from model.moco import MoCo  # noqa: E402
 
@@ -73,8 +73,8 @@ def in_turns(variants: dict[str, Callable[[], Any]], rounds: int, device: torch.
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_step(a: argparse.Namespace, device: torch.device, world: int) -> dict[str, float]:
-    """Medians of the step with parts 0..i of PARTS, by the name of part i."""
+def measure_step(a: argparse.Namespace, device: torch.device, world: int) -> dict[str, dict[str, float]]:
+    """`added`: medians of the step with parts 0..i of PARTS, by the name of part i. `alone`: of each part by itself."""
     rows = a.batch_size // world
     torch.manual_seed(0)
     autocast: Callable[[], Any] = contextlib.nullcontext
@@ -127,7 +127,25 @@ def measure_step(a: argparse.Namespace, device: torch.device, world: int) -> dic
             moco.enqueue(keys)
 
     chosen = [i for i in range(len(PARTS)) if i != 1 or groups > 1]
-    return in_turns({PARTS[i]: lambda i=i: step(i) for i in chosen}, a.rounds, device)  # type: ignore[misc]
+    added = in_turns({PARTS[i]: lambda i=i: step(i) for i in chosen}, a.rounds, device)  # type: ignore[misc]
+
+    encoder, moco = models[groups]
+    rows_q = torch.randn(rows, 128, device=device, requires_grad=True)
+    keys = F.normalize(torch.randn(rows, 128, device=device), dim=1)
+
+    def shuffle() -> None:
+        moved = moco.shuffle(key)
+        assert isinstance(moved, Shuffled)
+        arrive(moved)
+        unshuffle(keys, moved.route)
+
+    alone: dict[str, Callable[[], Any]] = {
+        "momentum update": lambda: moco.momentum_update(encoder, 0.999),
+        "shuffle": shuffle,
+        "loss": lambda: moco.loss(rows_q, keys)[0].backward(),
+        "queue": lambda: moco.enqueue(keys),
+    }
+    return {"added": added, "alone": in_turns(alone, 5 * a.rounds, device)}
 
 
 def measure_shuffle(a: argparse.Namespace, device: torch.device, world: int) -> dict[str, Any]:
@@ -258,12 +276,16 @@ def added(times: dict[str, float]) -> list[tuple[str, float, float]]:
 
 
 def report(results: dict[str, Any]) -> None:
-    for world, times in results["step"].items():
+    for world, measured in results["step"].items():
+        times = measured["added"]
         print(f"\nstep, {world} rank(s): encoders alone {times['encoders alone']:.2f} ms")
         for name, ms, share in added(times):
-            print(f"  + {name:<16} {ms:8.2f} ms  {share:+7.2%}")
+            by_itself = f"   by itself {measured['alone'][name]:8.2f} ms" if name in measured["alone"] else ""
+            print(f"  + {name:<16} {ms:8.2f} ms  {share:+7.2%}{by_itself}")
         whole = times["queue"] - times["encoders alone"]
         print(f"  = MoCo's own part  {whole:8.2f} ms  {whole / times['encoders alone']:+7.2%}")
+        whole = sum(measured["alone"].values())
+        print(f"    its parts by themselves, without split BN {whole:.2f} ms {whole / times['encoders alone']:+7.2%}")
     for world, variants in results["shuffle"].items():
         print(f"\nshuffle, {world} ranks")
         for name, v in variants.items():
@@ -280,12 +302,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
-    for world, times in results["step"].items():
-        parts = added(times)
-        axes[0].plot(
-            [name for name, _, _ in parts], [100 * share for _, _, share in parts], "o-", label=f"{world} rank(s)"
-        )
-    axes[0].set(title="what each part adds to the encoders", ylabel="% of the encoders alone")
+    for i, (world, measured) in enumerate(results["step"].items()):
+        parts = added(measured["added"])
+        places = [PARTS.index(name) + 0.4 * i for name, _, _ in parts]
+        axes[0].barh(places, [100 * share for _, _, share in parts], height=0.4, label=f"{world} rank(s)")
+    axes[0].set_yticks([i + 0.2 for i in range(1, len(PARTS))], PARTS[1:])
+    axes[0].set(title="what each part adds to the encoders", xlabel="% of the encoders alone")
     axes[0].legend()
     for i, (world, variants) in enumerate(results["shuffle"].items()):
         places = [j + 0.4 * i for j in range(len(variants))]
@@ -327,7 +349,8 @@ def main() -> None:
     results: dict[str, Any] = {
         "settings": f"{a.arch}, {a.image_size} px, batch {a.batch_size}, queue {a.queue_size}, {a.precision}, {name}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, n = {a.rounds}"
-        + (", compiled" if a.compile else ""),
+        + (", compiled" if a.compile else "")
+        + (", CPU time" if a.device == "cpu" else ""),
         "step": {},
         "shuffle": {},
     }

@@ -38,18 +38,19 @@ def contrastive_loss(
     """
     with torch.autocast(q.device.type, enabled=False):
         q = F.normalize(q.float(), dim=1)
+        q = q / temperature  # the logits at once, and not one more pass over N x K numbers
         positive = (q * keys.float()).sum(dim=1, keepdim=True)  # [N, 1]
         negative = q @ negatives.float()  # [N, K]
         if exclude is not None:
             negative = negative.masked_fill(exclude, -torch.inf)
-        logits = torch.cat([positive, negative], dim=1) / temperature  # [N, 1 + K]
+        logits = torch.cat([positive, negative], dim=1)  # [N, 1 + K]
         loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
         with torch.no_grad():
-            share = negative if exclude is None else negative.masked_fill(exclude, torch.nan)
+            counted = negative if exclude is None else negative.masked_fill(exclude, torch.nan)
             stats = Stats(
                 accuracy=(positive[:, 0] > negative.amax(dim=1)).float().mean(),
-                positive=positive.mean(),
-                negative=share.nanmean(),
+                positive=positive.mean() * temperature,
+                negative=(counted.mean() if exclude is None else counted.nanmean()) * temperature,
             )
     return loss, stats
 

@@ -1,13 +1,16 @@
-"""Small trainings that the model's tests compare: in this process, and by `torchrun tests/moco_runs.py` in real ranks.
+"""Small trainings that the model's tests compare: in this process, and by `python tests/moco_runs.py` in real ranks.
 
 `python -m pytest` reaches it as a plain module. One start of the ranks serves all scenarios, for starting is slow.
 """
 
+import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -185,10 +188,10 @@ def gather_gradient(rank: int, world: int) -> Tensor:
     return rows.grad
 
 
-def main(output: str) -> None:
+def work(rank: int, world: int, port: int, output: str) -> None:
+    """One rank: all scenarios; rank 0 writes what every rank found."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     result = {
         "moco": train("moco", groups=world, steps=20, rank=rank, world=world),
         "both": train("moco", groups=2 * world, rank=rank, world=world),
@@ -207,6 +210,33 @@ def main(output: str) -> None:
     dist.destroy_process_group()
 
 
+def main(world: int, port: int, output: str) -> None:
+    """Forks the ranks, so that torch is imported once for all of them: each is a process of its own all the same."""
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                work(rank, world, port, output)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    failed = 0
+    for _ in pids:
+        pid, status = os.wait()
+        if status and not failed:
+            failed = 1
+            for other in pids:  # they would wait for it
+                if other != pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(other, signal.SIGKILL)
+    sys.exit(failed)
+
+
 @functools.cache
 def of_ranks(world: int) -> list[dict[str, Any]]:
     """Every rank's results of all scenarios, from `world` real processes over gloo."""
@@ -214,8 +244,7 @@ def of_ranks(world: int) -> list[dict[str, Any]]:
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
-        command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", __file__, str(output)]
+        command = [sys.executable, __file__, str(world), str(free_port()), str(output)]
         done = subprocess.run(
             command, env=cpu_environment(), cwd=REPOSITORY, timeout=200, capture_output=True, text=True
         )
@@ -225,5 +254,4 @@ def of_ranks(world: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(sys.argv[1])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
