@@ -16,7 +16,8 @@ def test_sheet_shows_originals_and_views(shards_dir: Path, tmp_path: Path) -> No
     sheets = []
     for epoch in (0, 0, 1):
         preview(str(shards_dir), tmp_path / "views.png", count=3, image_size=64, epoch=epoch)
-        sheets.append(np.asarray(Image.open(tmp_path / "views.png")))
+        with Image.open(tmp_path / "views.png") as sheet:
+            sheets.append(np.asarray(sheet))
     assert sheets[0].shape == (3 * (CELL + PRINT + GAP) + GAP, 3 * CELL + 4 * GAP, 3)
     assert np.array_equal(sheets[0], sheets[1]) and not np.array_equal(sheets[0], sheets[2])
     # Every cell holds a picture, and print stands below it.
@@ -30,7 +31,8 @@ def test_sheet_shows_originals_and_views(shards_dir: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("views", ["v1", "cifar"])
 def test_other_recipes(shards_dir: Path, tmp_path: Path, views: str) -> None:
     preview(str(shards_dir), tmp_path / "folder" / "views.png", views=views, count=2, image_size=32)
-    assert Image.open(tmp_path / "folder" / "views.png").size[0] == 3 * CELL + 4 * GAP
+    with Image.open(tmp_path / "folder" / "views.png") as sheet:
+        assert sheet.size[0] == 3 * CELL + 4 * GAP
 
 
 def test_command_and_its_errors(shards_dir: Path, tmp_path: Path) -> None:
