@@ -65,7 +65,10 @@ th { font-weight: 600; } thead th { color: var(--faint); font-weight: 500; }
 tr.differs td { font-weight: 600; } tr.default { color: var(--faint); }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 8px 0 12px; font-size: 14px; }
-figure { margin: 0 0 16px; } figure img { max-width: 100%; height: auto; border-radius: 4px; background: #ffffff; }
+section.card { margin-bottom: 16px; }
+.pictures { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; margin-top: 8px; }
+figure { margin: 0; flex: 1 1 300px; } figure + figure { flex: 2 1 560px; } figure img { width: 100%; max-width: 900px; height: auto; border-radius: 4px; }
+.summary td, .summary th { white-space: nowrap; }
 details { margin-top: 8px; } summary { cursor: pointer; color: var(--faint); }
 """
 
@@ -149,7 +152,8 @@ def summary(runs: list[Run]) -> str:
         ]
         lines.append(f"<tr><th>{_swatch(run)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     header = "".join(f"<th>{cell}</th>" for cell in head)
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    body = f"<thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll summary"><table>{body}</table></div>'
 
 
 def charts(runs: list[Run]) -> str:
@@ -216,7 +220,7 @@ def pictures(run: Run, images: int) -> str:
     try:
         if not views.is_file():
             r = run.recipe
-            preview(r.data, views, views=r.views, image_size=r.image_size, crop_min=r.crop_min, seed=r.seed)
+            preview(r.data, views, views=r.views, count=4, image_size=r.image_size, crop_min=r.crop_min, seed=r.seed)
         parts.append(picture(views, f"What the encoder sees: originals and their two views, recipe {run.recipe.views}"))
     except (ValueError, OSError, RuntimeError) as error:
         parts.append(f"<p>Views not drawn: {html.escape(str(error))}</p>")
@@ -231,7 +235,7 @@ def pictures(run: Run, images: int) -> str:
             )
     except (ValueError, OSError, RuntimeError) as error:
         parts.append(f"<p>Neighbours not drawn: {html.escape(str(error))}</p>")
-    return f'<section class="card"><h3>{_swatch(run)}</h3>{"".join(parts)}</section>'
+    return f'<section class="card"><h3>{_swatch(run)}</h3><div class="pictures">{"".join(parts)}</div></section>'
 
 
 def write_report(folders: list[Path], output: Path, *, images: int = 1000) -> Path:
