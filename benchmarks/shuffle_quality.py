@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -49,15 +50,18 @@ def write_sorted_shards(folder: Path, samples: int) -> Manifest:
 
 
 def dali_labels(folder: Path, samples: int, fill: int, tar_order: bool) -> Iterator[int]:
+    shuffling: dict[str, Any] = {"random_shuffle": True}
+    if tar_order:
+        shuffling = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": 1}
+
     @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, seed=0)
     def reader() -> object:
         return fn.readers.webdataset(
             paths=sorted(map(str, folder.glob("*.tar"))),
             index_paths=sorted(map(str, folder.glob("*.idx"))),
             ext=["cls"],
-            random_shuffle=not tar_order,
             initial_fill=fill,
-            **({"shuffle_after_epoch": True, "shuffle_after_epoch_seed": 1} if tar_order else {}),
+            **shuffling,
         )
 
     pipeline = reader()

@@ -352,15 +352,15 @@ def main() -> None:
     batches: Iterator[Any] = loader._items(0) if read_only else loader
     next(batches)  # not part of the time: the graph is built, kernels are compiled, indexes are read
     loader.timings()
-    began = time.perf_counter()
+    began, processor = time.perf_counter(), time.process_time()
     for _ in tqdm(range(steps), unit="batch", disable=not sys.stderr.isatty()):
         next(batches)
     if options["device"] != "cpu":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds, processor = time.perf_counter() - began, time.process_time() - processor
     spent, images = loader.timings(), steps * loader.batch_size
     print(f"{images / seconds:,.0f} images/s: {steps} batches of {loader.batch_size} in {seconds:.1f} s")
-    for name, value in spent.items():
+    for name, value in {**spent, "cpu": processor}.items():
         if name != "elapsed" and value > 0:
             print(f"  {name:8} {value:8.2f} s  {1e6 * value / images:8.1f} us/image")
     if not read_only:

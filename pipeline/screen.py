@@ -18,8 +18,17 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-# 201 MB of RGB. A larger picture costs more memory than a batch of usual ones, and may be a decompression bomb.
-MAX_PIXELS = 1 << 26
+# 300 MB of RGB, make_shards' limit too. A larger picture takes more memory than two batches of usual ones, and may be a
+# decompression bomb.
+MAX_PIXELS = 100_000_000
+
+# What Pillow may be asked to read. Not all that it can: EPS, for one, would start Ghostscript on a stranger's program.
+Image.init()
+FORMATS = [
+    name
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+    if name in Image.OPEN  # MPO comes as JPEG, AVIF is not in every Pillow
+]
 
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*(\d)")
 
@@ -70,7 +79,7 @@ def decode(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     # catch_warnings swaps the filters of the whole process, which is not safe in a thread; this touches Pillow's alone.
     warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
     try:
-        with Image.open(io.BytesIO(encoded.data)) as image:
+        with Image.open(io.BytesIO(encoded.data), formats=FORMATS) as image:
             _check_pixels(image.height, image.width, max_pixels)
             image.load()
             rgb = image.convert("RGB")

@@ -226,8 +226,8 @@ def test_slow_disks_are_read_by_threads(image_folder: Path, tmp_path: Path, monk
 
 
 def test_five_thousand_images_a_second(photos: list[Path], tmp_path: Path) -> None:
-    """Read and screen alone, from the page cache, ImageNet's photographs, one process. Half the target, since
-    the machine that runs tests does other things too; `python -m pipeline.loader --read_only` measures it."""
+    """Read and screen alone, ImageNet's photographs, from the page cache: at most 0.2 ms of processor time for each.
+    (Wall-clock time depends on what else the machine does; `python -m pipeline.loader --read_only` tells both.)"""
     files: list[tuple[str, bytes, int | None]] = [(p.stem + ".jpg", p.read_bytes(), None) for p in photos] * 2
     source = open_source(str(write_shards(tmp_path / "photos", files, 125)))
     order = make_order(source, 100, 0)
@@ -235,8 +235,8 @@ def test_five_thousand_images_a_second(photos: list[Path], tmp_path: Path) -> No
     reader.read(order.draw(0, 0))
     rates = []
     for epoch in range(4):
-        started = time.perf_counter()
+        started = time.process_time()
         for step in range(order.steps_per_epoch):
             reader.read(order.draw(epoch, step))
-        rates.append(order.steps_per_epoch * 100 / (time.perf_counter() - started))
-    assert max(rates) > 2500, rates
+        rates.append(order.steps_per_epoch * 100 / (time.process_time() - started))
+    assert max(rates) > 5000, rates
