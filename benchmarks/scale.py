@@ -58,7 +58,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         loader.load_state_dict({**state, "batches": options.step})
     batch = next(loader)
     first = time.perf_counter()
-    memory = megabytes()
+    cpu, memory = time.process_time(), megabytes()
     for _ in range(20):
         next(loader)
     result = {
@@ -66,6 +66,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         "open_s": opened - imported,
         "loader_and_batch_s": first - opened,
         "first_batch_s": first - begun,
+        "cpu_s": cpu,
         "step_s": (time.perf_counter() - first) / 20,
         "samples": source.samples,
         "steps_per_epoch": loader.steps_per_epoch,
@@ -97,6 +98,7 @@ def dali(options: argparse.Namespace) -> dict[str, Any]:
     pipe.run()
     return {
         "first_batch_s": time.perf_counter() - begun,
+        "cpu_s": time.process_time(),
         "samples": options.shards * SAMPLES,
         **megabytes(),
         "open_files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
@@ -168,6 +170,7 @@ def measure(folder: Path, shards: int, batch_size: int, dali_shards: Sequence[in
     columns = [
         "samples",
         "first batch s",
+        "its CPU s",
         "import s",
         "open s",
         "batch s",
@@ -180,7 +183,7 @@ def measure(folder: Path, shards: int, batch_size: int, dali_shards: Sequence[in
     print(f"{'':34}" + "".join(f"{c:>14}" for c in columns))
 
     def line(label: str, r: dict[str, Any]) -> None:
-        cells = [f"{r['samples']:,}", f"{r['first_batch_s']:.2f}"]
+        cells = [f"{r['samples']:,}", f"{r['first_batch_s']:.2f}", f"{r['cpu_s']:.2f}"]
         cells += [f"{r[key]:.2f}" if key in r else "-" for key in ("import_s", "open_s", "loader_and_batch_s")]
         cells += [f"{1000 * r['step_s']:.0f}" if "step_s" in r else "-", f"{r['rss']:,.0f}", f"{r['anonymous']:,.0f}"]
         cells += [str(r.get("open_files", "-")), str(r.get("mappings", "-"))]
@@ -205,7 +208,7 @@ def measure(folder: Path, shards: int, batch_size: int, dali_shards: Sequence[in
         line(f"DALI's reader, {count:,} shards", found[-1])
     low, high = found[0], found[-1]
     scale = (shards * SAMPLES - high["samples"]) / (high["samples"] - low["samples"])
-    grown = {key: high[key] + scale * (high[key] - low[key]) for key in ("first_batch_s", "rss", "anonymous")}
+    grown = {key: high[key] + scale * (high[key] - low[key]) for key in ("first_batch_s", "cpu_s", "rss", "anonymous")}
     line(f"  {shards:,} shards, EXTRAPOLATED", {"samples": shards * SAMPLES, **grown})
 
 

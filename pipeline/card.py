@@ -71,7 +71,7 @@ def _entry(entry: Any, card: Path, where: str) -> Entry:
         raise ValueError(f"{where}: {data} names an environment variable that is not set")
     if is_card(data):
         raise ValueError(f"{where}: {data} is a card itself; list its sources here instead")
-    if not is_remote(data):
+    if not is_remote(data) and not data.startswith("pipe:"):  # which is refused later
         data = str(card.parent / Path(data).expanduser())
     weight = entry.get("weight")
     if weight is not None and not (type(weight) in (int, float) and math.isfinite(weight) and weight > 0):

@@ -105,7 +105,7 @@ def check_shards(shards: Sequence[Expected], storage: Storage, *, workers: int, 
     that do not decode."""
     if any(is_remote(s.tar) for s in shards):
         with ThreadPoolExecutor(FETCHES) as pool:
-            results = map_ahead(pool, partial(_check, storage), shards, FETCHES)
+            results = map_ahead(pool, partial(_check, storage), shards)
             yield from itertools.chain.from_iterable(track(results, len(shards), "checking", progress))
     else:
         yield from itertools.chain.from_iterable(in_processes(_check_local, shards, "checking", workers, progress))

@@ -1,8 +1,10 @@
 """Many tars at once, in parallel and with a progress bar: the indexes of those that have none."""
 
+import contextlib
 import multiprocessing
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -44,9 +46,7 @@ def index_shards(
     jobs = list(zip(tars, indexes))
     if any(is_remote(tar) for tar in tars):
         with ThreadPoolExecutor(FETCHES) as pool:
-            return list(
-                track(map_ahead(pool, partial(_index_remote, storage), jobs, FETCHES), len(jobs), "indexing", progress)
-            )
+            return list(track(map_ahead(pool, partial(_index_remote, storage), jobs), len(jobs), "indexing", progress))
     return in_processes(_index_local, jobs, "indexing", workers, progress)
 
 
@@ -100,18 +100,36 @@ def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: 
         return list(track(map(work, jobs), len(jobs), what, progress))
     # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(track(map_ahead(pool, work, jobs, workers), len(jobs), what, progress))
+        with _no_main():
+            results = map_ahead(pool, work, jobs)
+        return list(track(results, len(jobs), what, progress))
 
 
-def map_ahead(pool: Executor, work: Callable[[T], R], jobs: Sequence[T], workers: int) -> Iterator[R]:
-    """Results in order. At the first error the jobs that have not begun are dropped, and the error raised."""
-    futures = [pool.submit(work, job) for job in jobs]
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Spawned processes import their parent's main script. Ours need nothing of it, it may take seconds (torch), and
+    one without `if __name__ == "__main__"` would come here again in each of them and wait for its parent's lock."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-        for future in futures:
-            yield future.result()
+        yield
     finally:
-        for future in futures:
-            future.cancel()
+        sys.modules["__main__"] = main
+
+
+def map_ahead(pool: Executor, work: Callable[[T], R], jobs: Sequence[T]) -> Iterator[R]:
+    """Begins all jobs; results in order. At the first error those that have not begun are dropped, and it is raised."""
+    futures = [pool.submit(work, job) for job in jobs]
+
+    def results() -> Iterator[R]:
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    return results()
 
 
 def track(results: Iterable[R], total: int, what: str, show: bool) -> Iterator[R]:

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,7 @@ def test_manifest_of_shards_elsewhere(tmp_path: Path) -> None:
     "spoil, message",
     [
         (lambda head: head.pop("shards"), "not a manifest"),
-        (lambda head: head.update(format=2), "format 2, this program reads format 1"),
+        (lambda head: head.update(format=2), "format 2, this program reads 1"),
         (lambda head: head["shards"].pop(), "does not add up"),
         (lambda head: head["shards"][0].update(samples=0), "does not add up"),
     ],
@@ -122,6 +124,24 @@ def test_index_of_many_samples_against_a_plain_parser() -> None:
     assert index.offsets.tolist() == [s[0].offset for s in samples]
     assert index.sizes.tolist() == [s[0].size for s in samples]
     assert index.label_sizes.tolist() == [s[1].size if len(s) > 1 else -1 for s in samples]
+
+
+def test_a_billion_samples_are_a_manifest_of_100_000_lines(tmp_path: Path) -> None:
+    shards = tuple(
+        Shard(f"part-{i // 1000:03d}/shard-{i:06d}.tar", 10_000, 10**9 + i, f"xxh3_64:{i:016x}") for i in range(100_000)
+    )
+    save_manifest(Manifest(str(tmp_path), shards), tmp_path / "manifest.json")
+    assert (tmp_path / "manifest.json").stat().st_size < 15e6
+    tracemalloc.start()
+    begun = time.perf_counter()
+    manifest = load_manifest(tmp_path / "manifest.json")
+    assert manifest.samples == 1_000_000_000
+    assert len(manifest.fingerprint) == 32
+    seconds, (held, peak) = time.perf_counter() - begun, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 60e6
+    assert peak < 200e6
+    assert seconds < 20  # 1 s without tracemalloc on an idle machine
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------

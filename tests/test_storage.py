@@ -1,9 +1,11 @@
 """Local shards as bytes, and the shared cache: its bound, its locks, what a killed process leaves behind."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -215,3 +217,28 @@ def test_what_a_killed_process_left_makes_room(tmp_path: Path, memory: object) -
     (tmp_path / "shards" / "old-0123.part").write_bytes(bytes(2000))
     cache.fetch(*put(memory, "a.tar"))
     assert sorted(p.name for p in (tmp_path / "shards").glob("*.part")) == []
+
+
+@pytest.mark.slow
+def test_the_loader_opens_few_files(tmp_path: Path, image_folder: Path) -> None:
+    """Batches that touch 300 shards each, with 256 files allowed."""
+    image = next(image_folder.rglob("*.jpg")).read_bytes()
+    (tmp_path / "shards").mkdir()
+    for i in range(300):
+        with tarfile.open(tmp_path / "shards" / f"{i:03d}.tar", "w") as tar:
+            for row in range(2):
+                info = tarfile.TarInfo(f"{i}-{row}.jpg")
+                info.size = len(image)
+                tar.addfile(info, io.BytesIO(image))
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from pipeline.loader import Loader
+from pipeline.manifest import open_source
+loader = Loader(open_source({str(tmp_path / "shards")!r}, workers=1), batch_size=300, image_size=32, num_threads=1)
+ids = {{int(i) for _ in range(loader.steps_per_epoch) for i in next(loader).sample_ids}}
+assert ids == set(range(600)), len(ids)
+loader.close()
+"""
+    environment = cpu_environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY, env=environment, timeout=120)
