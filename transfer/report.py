@@ -67,7 +67,8 @@ tr.differs td { font-weight: 600; } tr.default { color: var(--faint); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 8px 0 12px; font-size: 14px; }
 section.card { margin-bottom: 16px; }
 .pictures { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; margin-top: 8px; }
-figure { margin: 0; flex: 1 1 300px; } figure + figure { flex: 2 1 560px; } figure img { width: 100%; max-width: 900px; height: auto; border-radius: 4px; }
+figure { margin: 0; flex: 1 1 300px; } figure + figure { flex: 2 1 560px; }
+figure img { width: 100%; max-width: 900px; height: auto; border-radius: 4px; }
 .summary td, .summary th { white-space: nowrap; }
 details { margin-top: 8px; } summary { cursor: pointer; color: var(--faint); }
 """
