@@ -278,7 +278,7 @@ def eval_batches(
             draw = samples.draw
             keys: dict[str, Any] = {"seed": seed, "epochs": draw.epochs, "sample_ids": draw.sample_ids, "view": 0}
             rows = view_parameters.sample_crops(**keys, **sizes, crop_min=0.08)
-        return Item(samples, (rows,))
+        return Item(samples, (rows,), reader.labels(samples.draw))
 
     def items() -> Iterator[Item]:
         for low in range(begin, end, batch_size):
@@ -310,10 +310,9 @@ def eval_batches(
                 item, (images,) = decoding.next()
             except StopIteration:
                 break
-            draw = item.samples.draw
-            places = zip(draw.manifest.tolist(), draw.shard.tolist(), draw.row.tolist())
-            labels = torch.tensor([reader.label(*place) for place in places], dtype=torch.int64)
-            yield EvalBatch(images, labels.to(device), torch.from_numpy(draw.sample_ids).to(device))
+            assert item.labels is not None
+            labels, ids = torch.from_numpy(item.labels), torch.from_numpy(item.samples.draw.sample_ids)
+            yield EvalBatch(images, labels.to(device), ids.to(device))
     finally:
         decoding.close()
         reader.close()

@@ -23,10 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """One batch before decoding: its samples and the parameters of each view (float32 [n, P])."""
+    """One batch before decoding: samples, parameters of each view (float32 [n, P]), labels (int64 [n]) where wanted."""
 
     samples: Samples
     views: tuple[np.ndarray, ...]
+    labels: np.ndarray | None = None
     rescued: bool = False
 
 

@@ -29,13 +29,13 @@ def shuffle_quality(
     ]
     ids = np.concatenate([draw.sample_ids for draw in draws])
     shards = sum(len(m.shards) for m in source.manifests)
-    labelled = shards <= MOST_SHARDS and reader.label(*(int(c[0]) for c in draws[0][:3])) >= 0
+    labelled = shards <= MOST_SHARDS and reader.labels(draw_of_ids(source, ids[:1]))[0] >= 0
 
     def classes(ids: Ints) -> Ints:
         draw = draw_of_ids(source, ids)
         if not labelled:
             return draw.manifest << 40 | draw.shard
-        return np.array([reader.label(*p) for p in zip(*(c.tolist() for c in draw[:3]))], np.int64)
+        return reader.labels(draw)
 
     seen = classes(ids).reshape(steps, order.batch_size)
     together = np.mean([_same_class_pairs(batch) for batch in seen])

@@ -178,13 +178,16 @@ class Reader:
             "replaced; put the old one back, or delete its manifest.json and .idx to have them rebuilt for a new run"
         )
 
-    def label(self, m: int, shard: int, row: int) -> int:
-        """The number in the sample's `.cls` member, -1 where there is none."""
+    def labels(self, draw: Draw) -> Ints:
+        """The numbers in the samples' `.cls` members, int64 [n], -1 where there is none."""
         with self._lock:
-            place = self._place(m, shard)
-        if place.entries.label_offsets[row] < 0:
-            return -1
+            places = [self._place(m, shard) for m, shard in zip(draw.manifest.tolist(), draw.shard.tolist())]
+        return np.array(list(map(self._label, places, draw.row.tolist())), np.int64)
+
+    def _label(self, place: Place, row: int) -> int:
         offset, size = int(place.entries.label_offsets[row]), int(place.entries.label_sizes[row])
+        if offset < 0:
+            return -1
         text = self.storage.read(place.url, offset, size, bytes=place.bytes, checksum=place.checksum).tobytes()
         try:
             return int(text)

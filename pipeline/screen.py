@@ -24,7 +24,7 @@ MAX_PIXELS = 100_000_000
 
 # What Pillow may be asked to read. Not all that it can: EPS, for one, would start Ghostscript on a stranger's program.
 Image.init()
-FORMATS = [
+FORMATS: list[str] = [
     name
     for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
     if name in Image.OPEN  # MPO comes as JPEG, AVIF is not in every Pillow

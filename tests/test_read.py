@@ -47,8 +47,7 @@ def test_reads_the_bytes_that_were_written(image_folder: Path, tmp_path: Path) -
     reader = Reader(source, Storage())
     samples = reader.read(as_draw(source, *range(24)))
     assert contents(samples) == [content for _, content, _ in files]
-    places = zip(*(c.tolist() for c in samples.draw[:3]))
-    assert [reader.label(*place) for place in places] == [i // 8 for i in range(24)]
+    assert reader.labels(samples.draw).tolist() == [i // 8 for i in range(24)]
     assert samples.heights.min() >= 48 and samples.widths.max() < 72
     reader.close()
 
@@ -56,7 +55,7 @@ def test_reads_the_bytes_that_were_written(image_folder: Path, tmp_path: Path) -
 def test_a_sample_without_a_label_has_minus_one(image_folder: Path, tmp_path: Path) -> None:
     files = [(name, content, None) for name, content, _ in small_files(image_folder)]
     source = open_source(str(write_shards(tmp_path / "s", files, 24)))
-    assert Reader(source, Storage()).label(0, 0, 3) == -1
+    assert Reader(source, Storage()).labels(as_draw(source, 3)).tolist() == [-1]
 
 
 def test_bad_samples_are_replaced_by_the_next_good_row(sick: Source, tmp_path: Path) -> None:
