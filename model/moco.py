@@ -1,7 +1,8 @@
 """Momentum Contrast, the paper's Algorithm 1. `train.py` shows its steps in order; each is one short method here.
 
+shuffled = moco.shuffle(key)            # shuffle BN: on its way to the other ranks meanwhile
 q = encoder(query)                      # with gradient
-keys = moco.encode_keys(key)            # shuffle BN, key encoder, no gradient
+keys = moco.encode_keys(shuffled)       # key encoder, no gradient, back in their own order
 loss, stats = moco.loss(q, keys)        # InfoNCE, eq. 1, against the queue
 loss.backward(); optimizer.step()
 moco.momentum_update(encoder, m)        # eq. 2
