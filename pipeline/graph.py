@@ -17,7 +17,6 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from pipeline import views
-from pipeline.kernels_cpu import render_sample, shape_setter
 from pipeline.views import IMAGENET, Triple
 
 # Encoded bytes [n], then the parameters float32 [n, P] of each view.
@@ -36,6 +35,8 @@ class _Compiled(NumbaFunction):
 
 def render(image_size: int, mean: Triple, std: Triple) -> Callable[[Any, Any], Any]:
     """The operator (images, rows) -> finished views float32 [S, S, 3] on the CPU."""
+    from pipeline.kernels_cpu import render_sample, shape_setter  # compiled here: about 10 s, once on a machine
+
     operator = _Compiled(
         run_fn=render_sample.address,
         setup_fn=shape_setter(image_size).address,
@@ -112,6 +113,7 @@ class Graph:
         if gpu:
             from pipeline.kernels_gpu import Finish  # Triton is not installed everywhere
 
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
             self._finish = Finish(mean, std, dtype, self.device)
         self._pipeline = two_views(
             feed,
@@ -123,7 +125,7 @@ class Graph:
             hw_decoder_load,
             batch_size=batch_size,
             num_threads=num_threads,
-            device_id=(self.device.index or torch.cuda.current_device()) if gpu else None,
+            device_id=index if gpu else None,
             prefetch_queue_depth=prefetch,
         )
         self._pipeline.build()

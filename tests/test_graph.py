@@ -183,6 +183,7 @@ def test_kernels_know_the_columns() -> None:
     assert kernels_cpu.COLUMNS == views.COLUMNS
 
 
+@pytest.mark.slow
 def test_the_gpu_kernels_arithmetic_in_triton_s_interpreter() -> None:
     """On the CPU, against kernels_cpu: the same bytes, and within a level where there is a blur."""
     pytest.importorskip("triton")

@@ -6,15 +6,17 @@
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, pipeline_def
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
 from pipeline import kernels_cpu, views
-from pipeline.graph import Graph
+from pipeline.graph import Graph, crop
 from pipeline.views import ORDERS, RECIPES, center_crops, mean_std, sample_crops, sample_views
 
 SIZE = 224
@@ -198,6 +200,35 @@ def test_evaluation_transform(images: list[Image.Image], table: dict[str, list[f
             table.setdefault("resize, centre crop", []).append(difference(ours(image, row, size), expected))
             assert difference(ours(image, row, size), theirs(image, row, size)) == 0
     assert max(table["resize, centre crop"]) < 0.5
+
+
+def test_crops_of_the_gpu_path(images: list[Image.Image], table: dict[str, list[float]]) -> None:
+    """What DALI does on a GPU before Triton takes over, run on the CPU; its resize neither rounds between nor stops at
+    the crop's border."""
+    encoded = [encode(image) for image in images]
+    heights, widths = [image.height for image in images], [image.width for image in images]
+    n = len(images)
+    rows = sample_crops(
+        seed=0,
+        epochs=[0] * n,
+        sample_ids=range(n),
+        view=0,
+        heights=heights,
+        widths=widths,
+        image_size=96,
+        crop_min=0.08,
+    )
+    for name, views_ in (("crop", rows), ("centre crop", center_crops(heights, widths, 96, 110))):
+
+        @pipeline_def
+        def crops(views_: np.ndarray = views_) -> Any:
+            data, row = fn.external_source(lambda: (encoded, views_), num_outputs=2, batch=True)
+            return crop(fn.decoders.image(data), row, 96)
+
+        (out,) = crops(batch_size=n, num_threads=2, device_id=None).run()
+        for i, expected in enumerate(run_graph(encoded, views_, 96)):
+            table.setdefault(f"{name} on a GPU", []).append(difference(np.asarray(out.at(i)), expected))
+        assert max(table[f"{name} on a GPU"]) < 1
 
 
 @pytest.mark.gpu
