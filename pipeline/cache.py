@@ -1,15 +1,12 @@
 """A folder of fetched shards, bounded in bytes, shared by all processes of a machine.
 
-1. A shard is fetched into `NAME.part`, by the one process that holds a lock on that file; the others wait, or do
-   something else.
+1. A shard is fetched into `NAME.part`, by the one process that holds a lock on that file; others wait, or do without.
 2. Its room is set aside before the first byte comes: the shards used longest ago go, until it fits.
 3. Size and checksum are verified, the file is flushed to disk and renamed to `NAME.tar`: what has this name is whole.
-4. A process that is killed leaves a `.part` whose lock is free: the next one to want the shard, or the room, takes it
-   over.
+4. A process that is killed leaves a `.part` whose lock is free: the next to want the shard, or the room, takes it over.
 
 A shard that is removed while somebody reads it stays readable for them (POSIX keeps the data of an open or mapped
-file), and is
-fetched again by whoever opens it next. Locks are flock's, so the folder should be on a local disk.
+file), and is fetched again by whoever opens it next. Locks are flock's, so the folder should be on a local disk.
 """
 
 import contextlib
@@ -67,8 +64,7 @@ class Cache:
             ) from None
 
     def path(self, url: str, size: int, checksum: str) -> Path:
-        """Where the shard is kept. Size and checksum are part of the name: a shard replaced by another gets a
-        new file."""
+        """Where the shard is kept. Size and checksum are part of the name: what replaces a shard gets a new file."""
         key = xxhash.xxh3_64_hexdigest(f"{url}\n{size}\n{checksum}".encode())
         name = url.partition("?")[0].rpartition("/")[2].removesuffix(".tar")
         return self.folder / f"{name[-60:]}-{key}.tar"

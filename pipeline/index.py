@@ -4,9 +4,8 @@
    by webdataset's rule: the key is the path up to the first dot of the base name, the extension what follows that dot.
 2. `write_index` writes the text format of DALI's `wds2idx`, v1.2, which `fn.readers.webdataset` reads too: a line
    `v1.2 N`, then for each sample `extension offset size name` of each of its members, offsets in bytes to the data.
-3. `read_index` turns that text into arrays: 4 ms for a shard of 10,000 samples. Keys stay in the file and are looked up
-   one
-   at a time by `sample_key`, since only log lines need them.
+3. `read_index` turns that text into arrays: 4 ms for a shard of 10,000 samples. Keys stay in the file and are looked
+   up one at a time by `sample_key`, since only log lines need them.
 """
 
 import itertools
@@ -60,8 +59,8 @@ class Index:
 
 
 def image_rank(extension: str) -> int:
-    """How good a candidate for the sample's image an extension is: 0 is best, -1 not an image. Case does not matter;
-    `seg.png` comes after every plain `png`."""
+    """How good a candidate for the sample's image an extension is: 0 is best, -1 not an image. In any case, lower or
+    upper; `seg.png` comes after every plain extension."""
     extension = extension.lower()
     if extension in IMAGE_EXTENSIONS:
         return IMAGE_EXTENSIONS.index(extension)
@@ -73,8 +72,7 @@ def index_tar(tar: str | Path | np.ndarray) -> list[list[Component]]:
     """The samples of a tar that have an image, in the order in which their first members come.
 
     Takes a path or the tar's bytes. A key that comes again with an extension it already had (two tars concatenated)
-    begins a new sample. ValueError, with the remedy, for a tar that is compressed, cut short, damaged, or without
-    images.
+    begins a new sample. ValueError, with the remedy, for a tar that is compressed, cut short or damaged; NoImages.
     """
     label = str(tar) if isinstance(tar, str | Path) else "the tar"
     if isinstance(tar, np.ndarray):

@@ -24,7 +24,7 @@ import xxhash
 from pipeline.cache import locked
 from pipeline.card import Card, Entry, is_card, is_compressed, is_pattern, is_tar, read_card, short_name, split_root
 from pipeline.index import write_atomically
-from pipeline.scan import index_shards
+from pipeline.scan import Scanned, index_shards
 from pipeline.storage import Storage, is_remote, local_path
 
 FORMAT = 1
@@ -301,15 +301,14 @@ def _compare(manifest: Manifest, folder: Path, storage: Storage, workers: int, p
         )
     more = {name for name in present if name.endswith(".tar") and not name.startswith(".")}.difference(paths)
     if more:
-        print(
-            f"warning: {len(more)} tars in {folder} are not in its {NAME} and are not used, one is {min(more)}; "
-            "delete the manifest to have it rebuilt",
-            file=sys.stderr,
+        _warn(
+            f"{len(more)} tars in {folder} are not in its {NAME} and are not used, one is {min(more)}; "
+            "delete the manifest to have it rebuilt"
         )
     lacking = [i for i, path in enumerate(paths) if index_name(path) not in present]
     lacking = [i for i in lacking if not Path(manifest.index_url(i)).exists()]  # those in other folders
     tars, indexes = [manifest.shard_url(i) for i in lacking], [Path(manifest.index_url(i)) for i in lacking]
-    scanned = index_shards(tars, indexes, storage, workers=workers, progress=progress)
+    scanned = list(index_shards(tars, indexes, storage, workers=workers, progress=progress))
     for tar, shard, found in zip(tars, (manifest.shards[i] for i in lacking), scanned):
         if (shard.samples, shard.bytes) != (found.samples, found.bytes):
             raise ValueError(
@@ -359,42 +358,60 @@ def _open_tars(names: list[str], storage: Storage, workers: int, progress: bool)
 def _build(
     root: str, tars: Sequence[tuple[str, int, str]], beside: Path | None, storage: Storage, workers: int, progress: bool
 ) -> Manifest:
-    """Indexes the tars (name, size, stamp) and writes the manifest into `beside`, or into the cache under a name
-    that changes with them.
-    Of several processes that come here at once, one does the work."""
-    if not is_remote(root):
-        root = str(local_path(root).absolute()) if beside is None else root
-    key = xxhash.xxh3_128_hexdigest(repr((root, tars)).encode("utf-8", "surrogateescape"))
-    folder = beside or storage.cache_dir / "manifests" / key
-    folder.mkdir(parents=True, exist_ok=True)
+    """Indexes the tars (name, size, stamp) and writes the manifest into `beside`, or else into the cache, under a name
+    that changes with them. Of processes that come here at once one does the work; what was killed is continued."""
+    whole_root = root if is_remote(root) else str(local_path(root).absolute())
+    key = xxhash.xxh3_128_hexdigest(repr((whole_root, tars)).encode("utf-8", "surrogateescape"))
+    cached = storage.cache_dir / "manifests" / key
+    cached.mkdir(parents=True, exist_ok=True)
     with locked(storage.cache_dir / "locks" / f"manifest-{key}"):
-        if (folder / NAME).exists():
-            return load_manifest(folder / NAME)
-        names = [name for name, _, _ in tars]
-        indexes = [folder / index_name(name.partition("?")[0]) for name in names]
-        scanned = index_shards([join(root, n) for n in names], indexes, storage, workers=workers, progress=progress)
-        if not any(s.index_differs for s in scanned):
-            empty = [name for name, s in zip(names, scanned) if not s.samples]
-            shards = [Shard(n, s.samples, s.bytes, s.checksum) for n, s in zip(names, scanned) if s.samples]
-            if not shards:
-                others = f" (and none in the {len(empty) - 1} others in {root})" if len(empty) > 1 else ""
-                raise ValueError(scanned[0].problem + others)
-            if empty:
-                print(
-                    f"warning: {len(empty)} tars in {root} without images are left out, one is {empty[0]}",
-                    file=sys.stderr,
-                )
-            if beyond := sum(s.images_beyond for s in scanned):
-                print(
-                    f"warning: {beyond:,} images in {root} are not used: their name up to the first dot is "
-                    f"that of another image",
-                    file=sys.stderr,
-                )
-            manifest = Manifest(root, tuple(shards), index_root="" if beside else str(folder))
-            save_manifest(manifest, folder / NAME)
-            return manifest
-    # Somebody's own .idx files are there and say something else (other members, other grouping): leave them alone.
-    return _build(root, tars, None, storage, workers, progress)
+        for folder in (cached, beside):
+            if folder is not None and (folder / NAME).exists():
+                return load_manifest(folder / NAME)
+        scanned = _scan(root, tars, beside or cached, storage, workers, progress)
+        if beside is not None and any(s.index_differs for s in scanned.values()):
+            # Somebody's own .idx files are there and say something else (other members, other grouping).
+            beside = None
+            scanned = _scan(root, tars, cached, storage, workers, progress)
+        shards = tuple(Shard(name, s.samples, s.bytes, s.checksum) for name, s in scanned.items() if s.samples)
+        empty = [name for name, s in scanned.items() if not s.samples]
+        if not shards:
+            others = f" (and none in the {len(empty) - 1} others in {root})" if len(empty) > 1 else ""
+            raise ValueError(scanned[empty[0]].problem + others)
+        if empty:
+            _warn(f"{len(empty)} tars in {root} without images are left out, one is {empty[0]}")
+        if beyond := sum(s.images_beyond for s in scanned.values()):
+            _warn(f"{beyond:,} images in {root} are not used: up to the first dot, they are named as another image")
+        manifest = Manifest(root if beside else whole_root, shards, index_root="" if beside else str(cached))
+        save_manifest(manifest, (beside or cached) / NAME)
+        return manifest
+
+
+def _scan(
+    root: str, tars: Sequence[tuple[str, int, str]], folder: Path, storage: Storage, workers: int, progress: bool
+) -> dict[str, Scanned]:
+    """Writes the indexes into `folder`, and a journal there while it lasts."""
+    journal = folder / ".scanned.jsonl"
+    done: dict[str, Scanned] = {}
+    if journal.exists():
+        lines = journal.read_text().split("\n")[:-1]  # the last may have been cut short
+        known = {tuple(tar): Scanned(*found) for tar, found in map(json.loads, lines)}
+        done = {tar[0]: known[tar] for tar in tars if tar in known}
+    rest = [tar for tar in tars if tar[0] not in done]
+    urls = [join(root, name) for name, _, _ in rest]
+    indexes = [folder / index_name(name.partition("?")[0]) for name, _, _ in rest]
+    with journal.open("a") as f:
+        found = index_shards(urls, indexes, storage, workers=workers, progress=progress)
+        for tar, scanned in zip(rest, found):
+            done[tar[0]] = scanned
+            f.write(json.dumps([tar, scanned]) + "\n")
+            f.flush()
+    journal.unlink()
+    return {name: done[name] for name, _, _ in tars}
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Files behind a URL, through fsspec: s3://, gs://, http(s)://, hf:// and whatever else fsspec has a file system for.
 
 Every request is tried again, with growing pauses, unless the answer is final (not there, not allowed). A read that
-comes back
-short goes on where it ended. So a busy or flaky server costs time, never data.
+comes back short goes on where it ended. So a busy or flaky server costs time, never data.
 """
 
 import contextlib
@@ -25,8 +24,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 
 @functools.cache
 def _filesystem(protocol: str) -> Any:
-    """One for all threads: its coroutines run in fsspec's own event loop. (fsspec.filesystem would make one a
-    thread.)"""
+    """One for all threads, since its coroutines run in fsspec's own event loop; fsspec would make one for each."""
     options: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in ("http", "https"):
         import aiohttp

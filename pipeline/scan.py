@@ -36,18 +36,19 @@ class Scanned(NamedTuple):
 
 def index_shards(
     tars: Sequence[str], indexes: Sequence[Path], storage: Storage, *, workers: int, progress: bool
-) -> list[Scanned]:
-    """Writes indexes[i] for tars[i], each a path or a URL, and says what they hold.
+) -> Iterator[Scanned]:
+    """Writes indexes[i] for tars[i], each a path or a URL, and says what they hold, in order, as it comes to know.
 
     Local tars have only their headers read, in processes; remote ones are fetched whole, in threads, and so get a
-    checksum too.
-    ValueError or FileNotFoundError of the first tar that cannot be used.
+    checksum too. ValueError or FileNotFoundError of the first tar that cannot be used.
     """
     jobs = list(zip(tars, indexes))
     if any(is_remote(tar) for tar in tars):
         with ThreadPoolExecutor(FETCHES) as pool:
-            return list(track(map_ahead(pool, partial(_index_remote, storage), jobs), len(jobs), "indexing", progress))
-    return in_processes(_index_local, jobs, "indexing", workers, progress)
+            results = map_ahead(pool, partial(_index_remote, storage), jobs)
+            yield from track(results, len(jobs), "indexing", progress)
+    else:
+        yield from in_processes(_index_local, jobs, "indexing", workers, progress)
 
 
 def _index_local(job: tuple[str, Path]) -> Scanned:
@@ -57,7 +58,15 @@ def _index_local(job: tuple[str, Path]) -> Scanned:
         samples = index_tar(path)
     except NoImages as error:
         return Scanned(0, path.stat().st_size, "", problem=str(error))
-    return _write(samples, index, path.stat().st_size, "")
+    status = path.stat()
+    # An index as new as its tar that says something else is somebody's own; an older one is of use to nobody.
+    if (
+        index.exists()
+        and index.stat().st_mtime_ns >= status.st_mtime_ns
+        and index.read_bytes() != format_index(samples)
+    ):
+        return Scanned(len(samples), status.st_size, "", index_differs=True)
+    return _write(samples, index, status.st_size, "")
 
 
 def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
@@ -75,12 +84,10 @@ def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
 
 
 def _write(samples: list[list[Component]], index: Path, size: int, checksum: str) -> Scanned:
-    content = format_index(samples)
-    differs = index.exists() and index.read_bytes() != content
-    if not differs:
-        write_atomically(index, content)
+    index.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(index, format_index(samples))
     beyond = sum(sum(image_rank(c.extension) >= 0 for c in sample) - 1 for sample in samples)
-    return Scanned(len(samples), size, checksum, beyond, index_differs=differs)
+    return Scanned(len(samples), size, checksum, beyond)
 
 
 def checksum_of(data: np.ndarray) -> str:
@@ -94,15 +101,16 @@ def checksum_of(data: np.ndarray) -> str:
 # --- in parallel ------------------------------------------------------------------------------------------------------
 
 
-def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: int, progress: bool) -> list[R]:
+def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: int, progress: bool) -> Iterator[R]:
     workers = min(workers, len(jobs) // 4)  # a process costs half a second to start, a shard some tens of milliseconds
     if workers < 2:
-        return list(track(map(work, jobs), len(jobs), what, progress))
+        yield from track(map(work, jobs), len(jobs), what, progress)
+        return
     # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         with _no_main():
             results = map_ahead(pool, work, jobs)
-        return list(track(results, len(jobs), what, progress))
+        yield from track(results, len(jobs), what, progress)
 
 
 @contextlib.contextmanager

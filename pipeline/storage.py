@@ -65,8 +65,7 @@ class Storage:
     """One per process; its methods may be called from several threads.
 
     No file stays open between calls. At most `open_files` mappings of local shards are kept; an array that is still
-    held
-    outlives its place among them. Remote shards come through a cache of `cache_bytes` in `cache_dir`, default
+    held outlives its place among them. Remote shards come through a cache of `cache_bytes` in `cache_dir`, default
     ~/.cache/moco-pipeline.
     """
 
@@ -93,12 +92,10 @@ class Storage:
     # --- shards -------------------------------------------------------------------------------------------------------
 
     def read(self, url: str, offset: int, size: int, *, bytes: int = -1, checksum: str = "") -> np.ndarray:
-        """`size` bytes at `offset` of a shard, as uint8 [size]. `bytes` and `checksum` are the manifest's for
-        the whole shard.
+        """`size` bytes at `offset` of a shard, as uint8 [size]; `bytes` and `checksum` are the whole shard's.
 
         Copied rather than mapped: a page fault on a slow disk would hold the interpreter's lock, and a shard cut short
-        under
-        a mapping kills the process. FileNotFoundError when it is not there, ValueError when its size is not `bytes`.
+        under a mapping kills the process. FileNotFoundError when it is not there, ValueError when it is not of `bytes`.
         """
         descriptor = self._descriptor(url, bytes, checksum)
         try:
@@ -142,8 +139,7 @@ class Storage:
                 return os.open(local_path(url), flags)
             except FileNotFoundError:
                 raise FileNotFoundError(
-                    f"no shard {url}: put it back, or delete the manifest.json beside it to have it rebuilt "
-                    f"from what is there"
+                    f"no shard {url}: put it back, or delete the manifest.json beside it to have it rebuilt without it"
                 ) from None
         cache = self._open_cache()
         for _ in range(100):
@@ -166,8 +162,7 @@ class Storage:
         return path
 
     def prefetch(self, urls: Iterable[str | tuple[str, int, str]]) -> None:
-        """Begins to fetch remote shards, given as (url, bytes, checksum), and indexes, given as their URLs,
-        soonest needed first.
+        """Begins to fetch remote shards, (url, bytes, checksum), and indexes, their URLs alone; soonest needed first.
 
         What an earlier call asked for and this one does not is dropped, unless it has begun. Local ones are left alone.
         """

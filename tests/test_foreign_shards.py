@@ -15,6 +15,7 @@ import pytest
 from conftest import REPOSITORY, cpu_environment
 from PIL import Image
 
+from pipeline import scan
 from pipeline.index import index_tar, read_index, sample_key
 from pipeline.manifest import Source, open_source
 from pipeline.storage import Storage
@@ -202,6 +203,9 @@ def test_own_idx_files_are_left_alone(tmp_path: Path, cache: Path) -> None:
     source = open_source(str(tmp_path))
     assert contents(source) == [("1", picture(1), None), ("2", picture(2), b"7")]
     assert (tmp_path / "shard.idx").read_bytes() == theirs
+    begun = Path(source.manifests[0].index_url(0)).stat().st_mtime_ns
+    assert open_source(str(tmp_path)).fingerprint == source.fingerprint
+    assert Path(source.manifests[0].index_url(0)).stat().st_mtime_ns == begun  # not built again
     assert str(cache) in source.manifests[0].index_url(0)
 
 
@@ -257,3 +261,29 @@ def test_read_only_folder_is_indexed_in_the_cache(tmp_path: Path, cache: Path, m
     assert open_source(str(folder)).fingerprint == source.fingerprint
     write_tar(folder / "1.tar", [("1.jpg", picture(1))])  # a folder that has changed is noticed
     assert open_source(str(folder)).samples == 2
+
+
+def test_interrupted_indexing_goes_on(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(6):
+        write_tar(tmp_path / f"{shard}.tar", [(f"{shard}.jpg", picture(shard))])
+    whole = (tmp_path / "4.tar").read_bytes()
+    (tmp_path / "4.tar").write_bytes(whole[:600])
+    with pytest.raises(ValueError, match=r"4.tar is cut short"):
+        open_source(str(tmp_path), workers=1)
+    (tmp_path / "4.tar").write_bytes(whole)
+    write_tar(tmp_path / "1.tar", [("1.jpg", picture(1)), ("7.jpg", picture(7))])  # it changed meanwhile
+    indexed: list[str] = []
+    monkeypatch.setattr(scan, "index_tar", lambda tar: indexed.append(tar.name) or index_tar(tar))
+    assert open_source(str(tmp_path), workers=1).samples == 7
+    assert indexed == ["1.tar", "4.tar", "5.tar"]
+    assert not (tmp_path / ".scanned.jsonl").exists()
+
+
+def test_tars_in_several_folders(tmp_path: Path, cache: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "0.tar", [(f"{folder}.jpg", picture(0))])
+    source = open_source(f"{tmp_path}/{{a,b}}/0.tar")
+    assert [s.path for s in source.manifests[0].shards] == ["a/0.tar", "b/0.tar"]
+    assert [key for key, _, _ in contents(source)] == ["a", "b"]
+    assert not list(tmp_path.glob("*/*.idx"))
