@@ -4,13 +4,15 @@
 
 Every candidate is an endless stream of batches that lives through the whole run. A round takes each of them in turn:
 what it had prefetched is thrown away, then `--seconds` of batches are timed; so a noisy machine is noisy for all, and
-medians over the rounds compare. `decode` is the limit: libjpeg-turbo alone, nothing kept. The candidates with
+medians over the rounds compare; the processor time an image, of all threads and processes, depends less on what else
+runs. `decode` is the limit: libjpeg-turbo alone, nothing kept. The candidates with
 torchvision run in `--workers` processes of a DataLoader, those with DALI in as many threads.
 """
 
 import argparse
 import io
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch
 import torchvision
 import webdataset
@@ -199,19 +202,32 @@ def packed(encoded: list[bytes], short_side: int) -> list[np.ndarray]:
     return out
 
 
-def measure(streams: Streams, rounds: int, seconds: float, workers: int) -> dict[str, list[float]]:
-    """Images per second of every stream in every round."""
-    rates: dict[str, list[float]] = {name: [] for name in streams}
+def processor_seconds() -> float:
+    """Of this process and its children, all threads, until now."""
+    here = psutil.Process()
+    return sum(sum(p.cpu_times()[:2]) for p in (here, *here.children(recursive=True)))
+
+
+Rates = dict[str, list[tuple[float, float]]]
+
+
+def measure(streams: Streams, rounds: int, seconds: float, workers: int) -> Rates:
+    """Images per second and processor milliseconds an image, of every stream in every round."""
+    rates: Rates = {name: [] for name in streams}
     for r in range(rounds):
         for name, batches in streams.items():
             # As much as a DataLoader (2 batches a worker) or a DALI pipeline may have made while the others ran.
             for _ in range(2 * workers + 2):
                 next(batches)
-            start, images = time.perf_counter(), 0
+            start, used, images = time.perf_counter(), processor_seconds(), 0
             while time.perf_counter() - start < seconds:
                 images += next(batches)
-            rates[name].append(images / (time.perf_counter() - start))
-            print(f"round {r + 1}/{rounds}  {name:16s} {rates[name][-1]:7.0f} images/s", flush=True)
+            elapsed, used = time.perf_counter() - start, processor_seconds() - used
+            rates[name].append((images / elapsed, 1000 * used / images))
+            print(
+                f"round {r + 1}/{rounds}  {name:16s} {images / elapsed:7.0f} images/s {1000 * used / images:7.2f} ms",
+                flush=True,
+            )
     return rates
 
 
@@ -267,24 +283,22 @@ def main() -> None:
             next(batches)
         rates = measure(streams, args.rounds, args.seconds, w)
 
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    medians = {name: statistics.median(rate for rate, _ in values) for name, values in rates.items()}
     sizes = np.array([Image.open(io.BytesIO(e)).size for e in encoded])
     size = "x".join(str(int(v)) for v in np.median(sizes, axis=0))
     kilobytes = sum(map(len, encoded)) / len(encoded) / 1000
     lines = [
         f"two {SIZE} x {SIZE} views, {len(encoded)} photographs (median {size}, {kilobytes:.0f} kB)"
         f", {w} workers, batch {b}, {args.rounds} rounds of {args.seconds:g} s, interleaved",
-        f"{processor()}; Python {platform.python_version()}, torch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}, DALI {dali.__version__}, {time.strftime('%Y-%m-%d')}",
-        f"{'':16s} {'images/s':>9s} {'range':>13s} {'/ reference_v2':>15s} {'/ plain_dali':>13s}",
+        f"{processor()}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, DALI {dali.__version__}, {time.strftime('%Y-%m-%d')}",
+        f"{'':16s} {'images/s':>9s} {'range':>13s} {'/ reference_v2':>15s} {'/ plain_dali':>13s} {'CPU ms/image':>13s}",
     ]
     for name, values in rates.items():
-        ratios = (
-            f"{medians[name] / medians[other]:.2f}" if other in medians else "-"
-            for other in ("reference_v2", "plain_dali")
-        )
-        spread = f"{min(values):.0f}-{max(values):.0f}"
-        lines.append(f"{name:16s} {medians[name]:9.0f} {spread:>13s} {next(ratios):>15s} {next(ratios):>13s}")
+        ratios = [f"{medians[name] / medians[o]:.2f}" if o in medians else "-" for o in ("reference_v2", "plain_dali")]
+        spread = f"{min(rate for rate, _ in values):.0f}-{max(rate for rate, _ in values):.0f}"
+        used = statistics.median(ms for _, ms in values)
+        lines.append(f"{name:16s} {medians[name]:9.0f} {spread:>13s} {ratios[0]:>15s} {ratios[1]:>13s} {used:13.2f}")
     report = "\n".join(lines)
     result = json.dumps({name: round(value, 1) for name, value in medians.items()})
     print(report)
