@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, cpu_environment
+from conftest import REPOSITORY
 from PIL import Image
 
 import checkpoint
@@ -109,18 +109,18 @@ def test_without_labels_and_with_few_images(run_folder: Path, image_folder: Path
         assert not (pixels == tuple(bytes.fromhex(frame[1:]))).all(axis=2).any()
 
 
-@pytest.mark.slow
-def test_command(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
-    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "transfer.gallery", *map(str, arguments)]
-        return subprocess.run(
-            command, env=cpu_environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-        )
-
-    made = call("--run", run_folder, "--data", shards_dir, "--output", tmp_path / "g.png", "--queries", "2")
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.strip().endswith("g.png")
+def test_command(
+    run_folder: Path,
+    shards_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--run", run_folder, "--data", shards_dir, "--output", tmp_path / "g.png", "--queries", "2"]
+    monkeypatch.setattr(sys, "argv", ["gallery", *map(str, arguments)])
+    gallery.main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "g.png")
     assert pixels_of(tmp_path / "g.png").shape[1] > 300
-    missing = call("--run", run_folder, "--data", tmp_path / "no")
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("error: ")
+    monkeypatch.setattr(sys, "argv", ["gallery", "--run", str(run_folder), "--data", str(tmp_path / "no")])
+    with pytest.raises(FileNotFoundError, match="no"):
+        gallery.main()

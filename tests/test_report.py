@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, cpu_environment
 from PIL import Image
 
 import checkpoint
@@ -117,22 +117,14 @@ document.body.innerHTML = "<pre>" + JSON.stringify({images, wide, fetched,
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100
 
 
-def test_command(tmp_path: Path) -> None:
-    import sys
-
-    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "transfer.report", *map(str, arguments)]
-        return subprocess.run(
-            command, env=cpu_environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-        )
-
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", "/nowhere", steps=5)
-    made = call(run, "--images", "0")
-    assert made.returncode == 0, made.stderr
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "0"])
+    report.main()
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").stat().st_size > 5_000
-    missing = call(run, tmp_path / "other")
-    assert missing.returncode == 2
-    assert "other is not a run" in missing.stderr
+    with pytest.raises(FileNotFoundError, match="other is not a run"):
+        report.write_report([run, tmp_path / "other"], tmp_path / "r.html")
 
 
 def test_names_tell_runs_apart() -> None:
