@@ -175,7 +175,9 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
             rows.append(torch.stack([loss.detach(), *stats]))
 
         phase("optimizer")
-        gradient_norm = norm([p.grad for p in net.parameters() if p.grad is not None]) if is_log_step else None
+        if is_log_step:
+            scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+            gradient_norm = norm([p.grad for p in net.parameters() if p.grad is not None]) / scale
         optimizer.step()
         optimizer.zero_grad()
         if optimizer.step_was_skipped:  # fp16 overflow: nothing else may move either
@@ -200,10 +202,9 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         if is_log_step:
             stop_if_not_finite(window, accelerator, control, writer)
             metrics = {"step": step, "epoch": step / per_epoch, "lr": lr} | window.means(r.batch_size, r.temperature)
-            metrics["seconds_left"] = (total - step) * r.batch_size / max(metrics["images_per_second"], 1e-9)
-            if gradient_norm is not None:
-                scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
-                metrics["gradient_norm"] = gradient_norm.item() / scale
+            if "images_per_second" in metrics:
+                metrics["seconds_left"] = (total - step) * r.batch_size / metrics["images_per_second"]
+            metrics["gradient_norm"] = gradient_norm.item()
             metrics["parameter_norm"] = norm(list(net.parameters())).item()
             metrics["memory_gb"] = memory_gb(device)
             if isinstance(dictionary, MoCo):

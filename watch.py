@@ -118,6 +118,8 @@ class Log:
     def write(self, values: dict[str, Any]) -> None:
         if not self.enabled:
             return
+        # What is not finite (the gradient norm of a step that fp16 skipped) is no JSON.
+        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({k: _rounded(k, v) for k, v in values.items()}) + "\n")

@@ -11,8 +11,8 @@ from typing import Any
 from conftest import REPOSITORY, cpu_environment, free_port
 
 TINY: dict[str, Any] = {
-    "arch": "resnet18",
-    "image_size": 16,
+    "arch": "timm:test_resnet",  # 0.4M parameters, batch norm throughout
+    "image_size": 32,
     "batch_size": 12,
     "bn_groups": 2,
     "queue_size": 40,  # 12 does not divide it: the pointer wraps in mid-batch
