@@ -303,11 +303,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
     for i, (world, measured) in enumerate(results["step"].items()):
-        parts = added(measured["added"])
-        places = [PARTS.index(name) + 0.4 * i for name, _, _ in parts]
-        axes[0].barh(places, [100 * share for _, _, share in parts], height=0.4, label=f"{world} rank(s)")
+        shares = {name: share for name, _, share in added(measured["added"]) if name not in measured["alone"]}
+        shares |= {name: ms / measured["added"][PARTS[0]] for name, ms in measured["alone"].items()}
+        places = [PARTS.index(name) + 0.4 * i for name in shares]
+        axes[0].barh(places, [100 * share for share in shares.values()], height=0.4, label=f"{world} rank(s)")
     axes[0].set_yticks([i + 0.2 for i in range(1, len(PARTS))], PARTS[1:])
-    axes[0].set(title="what each part adds to the encoders", xlabel="% of the encoders alone")
+    axes[0].set(title="each part by itself (split BN: added)", xlabel="% of the encoders alone")
     axes[0].legend()
     for i, (world, variants) in enumerate(results["shuffle"].items()):
         places = [j + 0.4 * i for j in range(len(variants))]
