@@ -29,7 +29,11 @@ def _filesystem(protocol: str) -> Any:
     if protocol in ("http", "https"):
         import aiohttp
 
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=30)}
+        # Reading 1 MiB at a time instead of 64 KiB costs a third of the processor time.
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=30),
+            "read_bufsize": 1 << 20,
+        }
     elif protocol in ("s3", "s3a"):
         # The pool of connections is 10 unless told, fewer than our requests.
         options["config_kwargs"] = {"max_pool_connections": REQUESTS, "connect_timeout": 10, "read_timeout": 30}
