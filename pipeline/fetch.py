@@ -47,12 +47,12 @@ def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
         stack.callback(_close, archives)
         iterator = iter(entries)
         while group := list(itertools.islice(iterator, TOGETHER)):
-            remote = iter(_remote([p for entry in group for p in parts_of(entry) if is_remote(p.path)]))
-            for entry in group:
+            parts = [parts_of(entry) for entry in group]
+            away = [p for of_entry in parts for p in of_entry if is_remote(p.path)]
+            remote = iter(_remote(away)) if away else iter(())
+            for entry, of_entry in zip(group, parts):
                 try:
-                    contents = [
-                        _checked(next(remote)) if is_remote(p.path) else _local(p, archives) for p in parts_of(entry)
-                    ]
+                    contents = [_checked(next(remote)) if is_remote(p.path) else _local(p, archives) for p in of_entry]
                     if entry.packing is not None:
                         contents[0] = _unzip(contents[0], entry, archives)
                     yield contents

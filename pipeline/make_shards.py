@@ -200,11 +200,10 @@ def state_folder(dest: str) -> Iterator[Path]:
     if not is_remote(dest):
         folder = local_path(destination.join(dest, STATE))
         folder.mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder.parent, folder.parent / "train", folder.parent / "val"):
-            for left in place.glob(".shard-*.tmp"):  # of workers that were killed
-                left.unlink(missing_ok=True)
         try:
+            remove_leftovers(folder.parent)
             yield folder
+            remove_leftovers(folder.parent)
         finally:
             if not (folder / "job.json").exists():  # nothing was begun, nothing is left behind
                 shutil.rmtree(folder, ignore_errors=True)
@@ -217,6 +216,13 @@ def state_folder(dest: str) -> Iterator[Path]:
             for name in LISTING:
                 fs.get_file(f"{root}/{name}", str(Path(temporary) / name))
         yield Path(temporary)
+
+
+def remove_leftovers(dest: Path) -> None:
+    """What workers that were killed had not finished."""
+    for place in (dest, dest / "train", dest / "val"):
+        for left in place.glob(".shard-*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def begun(state: Path, job: dict[str, Any], dest: str) -> Listing | None:

@@ -7,6 +7,7 @@ beside its final name and renamed when it is whole; the record that marks it as 
 import json
 import posixpath
 import re
+import tarfile
 import warnings
 from collections import Counter
 from typing import Any, BinaryIO, NamedTuple
@@ -57,6 +58,9 @@ class _Sink:
         self.bytes += len(block)
         return self._file.write(block)
 
+    def tell(self) -> int:
+        return self.bytes
+
 
 def pack(task: PackTask) -> int:
     """Packs a shard; returns how many images it was planned for.
@@ -92,6 +96,8 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
     import webdataset  # brings torch: seconds that the parent process does not have to wait
 
     writer = webdataset.TarWriter(sink, user="", group="", mode=0o644, mtime=0, encoder=False)
+    # TarWriter opens its tar as a stream in blocks of 10 kB and in PAX format: this one is USTAR, and twice as fast.
+    writer.tarstream = tarfile.TarFile(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=1 << 20)  # type: ignore[arg-type,call-arg]
     with writer:
         for item, contents in zip(task.items, fetch(item.entry for item in task.items)):
             try:

@@ -34,7 +34,7 @@ def executor(workers: int, scheduler: str) -> Iterator[tuple[futures.Executor, i
         except ImportError:
             raise ValueError("--scheduler takes Dask: pip install distributed") from None
         try:
-            client = distributed.Client(scheduler, timeout=20)
+            client = distributed.Client(scheduler, timeout=10)
         except (OSError, TimeoutError) as error:
             raise ValueError(f"no Dask scheduler answers at {scheduler}: {error}") from None
         with client:
