@@ -47,7 +47,7 @@ def decode(paths: list[str]) -> int:
 def shrink(filter: Image.Resampling, paths: list[str]) -> int:
     """Pillow, draft mode off, the same work: decode all of it, resize, to sRGB, upright, encode; nothing is written."""
     for path in paths:
-        image = Image.open(io.BytesIO(Path(path).read_bytes()))
+        image: Image.Image = Image.open(io.BytesIO(Path(path).read_bytes()))
         profile = to_srgb(image.info.get("icc_profile")) if image.mode == "RGB" else None
         upright = image.getexif().get(ORIENTATION, 1) == 1
         image = image.convert("RGB")

@@ -94,8 +94,7 @@ def make_shards(
         entries = collect(src, found, exclude=dest)
         if labels not in ("auto", "none"):
             entries = lists.labelled(entries, labels)
-        with workers.bar("listing") as bar:
-            counted = (bar.update() or entry for entry in entries)
+        with workers.bar("listing", entries) as counted:
             names = lists.class_names(classes) if classes else []
             listing = Listing.write(folder, counted, found, classes=names, labels=labels != "none")
         if not len(listing):

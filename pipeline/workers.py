@@ -74,7 +74,7 @@ def run(
     """
     waiting = iter(tasks)
     error: BaseException | None = None
-    with executor(workers, scheduler) as (pool, count, progress), bar(what, total, done) as shown:
+    with executor(workers, scheduler) as (pool, count, progress), bar(what, total=total, done=done) as shown:
         start, finished_images = time.monotonic(), 0
         running: set[futures.Future[int]] = set()
         while True:
@@ -114,10 +114,11 @@ class _Lines:
         sys.stderr.flush()
 
 
-def bar(what: str, total: int | None = None, done: int = 0) -> Any:
+def bar(what: str, things: Iterable[Any] | None = None, total: int | None = None, done: int = 0) -> Any:
     """Images done, images/s and the time left, on standard error."""
     watched = sys.stderr.isatty()
     return tqdm(
+        things,
         desc=what,
         total=total,
         initial=done,
