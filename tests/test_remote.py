@@ -177,3 +177,28 @@ def test_clear_errors(serve: Serve, shards_dir: Path, tmp_path: Path, monkeypatc
         open_source("nonsense://x", cache_dir=cache)
     with pytest.raises(ValueError, match="commands are not run"):
         open_source("pipe:cat shard.tar", cache_dir=cache)
+
+
+@pytest.mark.slow
+def test_training_batches_are_those_of_the_local_shards(serve: Serve, shards_dir: Path, tmp_path: Path) -> None:
+    """Two epochs through the loader from a slow and flaky server, with a cache that holds two of the four shards."""
+    from pipeline.loader import Loader
+
+    url = serve(
+        "http", shards_dir, "--latency", "0.02", "--busy_every", "5", "--reset_every", "4", "--short_every", "3"
+    )
+    shards = load_manifest(shards_dir / "manifest.json").shards
+    room = sum(s.bytes for s in shards) // 2 + 10_000
+    batches = []
+    for data in (url, str(shards_dir)):
+        card = tmp_path / "card.yaml"
+        card.write_text(f'sources: [{{data: "{data}"}}]\nlanes: 1\nchunk_shards: 1\n')
+        cache = {"cache_dir": str(tmp_path / "cache"), "cache_bytes": room}
+        source = open_source(str(card), **cache)  # type: ignore[arg-type]
+        loader = Loader(source, batch_size=6, image_size=32, num_threads=1, **cache)  # type: ignore[arg-type]
+        batches.append([next(loader) for _ in range(2 * loader.steps_per_epoch)])
+        loader.close()
+    assert max(sum(p.stat().st_size for p in (tmp_path / "cache" / "shards").iterdir()), 1) <= room
+    for far, near in zip(*batches, strict=True):
+        assert far.sample_ids.tolist() == near.sample_ids.tolist()
+        assert bool((far.query == near.query).all() and (far.key == near.key).all())
