@@ -143,7 +143,9 @@ class Reader:
             self._write_down(*place, bad[i])
             self._judge(*place, bad[i])
             if replace:
-                shards[i], rows[i], sample_ids[i], encoded[i], heights[i], widths[i] = self.replacement(*place)
+                shards[i], rows[i], sample_ids[i], encoded[i], heights[i], widths[i] = self.replacement(
+                    *place, trust_headers
+                )
         draw = Draw(manifests, shards, rows, sample_ids, epochs)
         if not replace:
             good = np.array([i for i in range(len(ids)) if i not in bad], np.int64)
@@ -222,7 +224,9 @@ class Reader:
                 f"{self.max_bad_fraction:g} allows; last {name} row {row}: {reason}{where}"
             )
 
-    def replacement(self, m: int, shard: int, row: int) -> tuple[int, int, int, np.ndarray, int, int]:
+    def replacement(
+        self, m: int, shard: int, row: int, trust_headers: bool = True
+    ) -> tuple[int, int, int, np.ndarray, int, int]:
         """(shard, row, sample id, encoded, height, width) of the next good sample: further rows of the same shard,
         round to its first, then the shards that follow. The same whoever asks."""
         shards = self.source.manifests[m].shards
@@ -236,7 +240,7 @@ class Reader:
                 sample_id = self.sample_id(m, other, r)
                 if sample_id in self.quarantine.reasons:
                     continue
-                result = self._screened(self._fetch(self._place(m, other), r))
+                result = self._screened(self._fetch(self._place(m, other), r), trust_headers)
                 if isinstance(result, str):
                     self._write_down(m, other, r, result)
                 else:
@@ -253,9 +257,9 @@ class Reader:
         shard = int(np.searchsorted(offsets, sample_id - self.source.id_offsets[m], side="right")) - 1
         return line["shard"] == self.source.manifests[m].shards[shard].path
 
-    def _screened(self, data: np.ndarray) -> tuple[np.ndarray, int, int] | str:
+    def _screened(self, data: np.ndarray, trust_headers: bool) -> tuple[np.ndarray, int, int] | str:
         try:
-            size = inspect(data, self.max_pixels)
+            size = inspect(data, self.max_pixels) if trust_headers else None
         except BadImage as error:
             return str(error)
         return (data, *size) if size else self._by_pillow(data)

@@ -21,7 +21,8 @@ import pipeline.read
 import pipeline.screen
 from pipeline.loader import Loader, eval_batches
 from pipeline.manifest import Source, open_source
-from pipeline.read import make_order
+from pipeline.read import Reader, draw_of_ids, make_order
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 Files = list[tuple[str, bytes, int | None]]
@@ -197,6 +198,17 @@ def test_what_only_the_decoder_notices_is_replaced_too(image_folder: Path, tmp_p
         for a, b in zip(left, right):  # decoded by DALI or by Pillow: the same libjpeg, or nearly
             assert np.abs(np.frombuffer(a, np.float32) - np.frombuffer(b, np.float32)).mean() * 0.225 * 255 < 1
     assert sorted(line["sample_id"] for line in quarantined(log)) == sorted(sick_rows)
+
+
+def test_the_replacement_is_decoded_too(image_folder: Path, tmp_path: Path) -> None:
+    """When a batch has failed already, headers are not believed: not of the sample that steps in, either."""
+    files = [(n, broken_tables(c) if i in (3, 4) else c, None) for i, (n, c, _) in enumerate(good_jpegs(image_folder))]
+    source = open_source(str(write_shards(tmp_path / "s", files, 8)))
+    reader = Reader(source, Storage(), max_bad_fraction=1)
+    samples = reader.read(draw_of_ids(source, np.array([2, 3])))
+    assert samples.draw.sample_ids.tolist() == [2, 3]
+    assert reader.rescue(samples).draw.sample_ids.tolist() == [2, 5]
+    assert set(reader.quarantine.reasons) == {3, 4}
 
 
 def test_what_only_dali_refuses_is_kept(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
