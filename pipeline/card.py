@@ -6,7 +6,7 @@ A card lists sources with weights: of all images that training sees, each source
       - {data: in1m/train, weight: 1, name: in1m}        # a folder, relative to this card
       - {data: "s3://bucket/web/{00000..00999}.tar", weight: 3, name: web}
     lanes: 8             # optional: how the samples are shuffled, see pipeline.order
-    chunk_shards: 4
+    chunk_shards: 4      # or: all
 """
 
 import math
