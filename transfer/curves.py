@@ -71,6 +71,7 @@ def draw(run: str | Path, output: str | Path | None = None) -> Path:
         axes.plot(steps, values, color="#2a6f97", linewidth=1.6, marker="o" if few else "", markersize=3.5)
         axes.set_title(f"{title}, last {values[-1]:.4g}", fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
+        axes.set_xlim(0, rows[-1]["step"] * 1.02)  # the same for all panels, so that they can be read together
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
