@@ -25,8 +25,10 @@ from watch import Log, warnings_before
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 
-def check_options(r: Recipe) -> None:
-    """Raises ValueError for a kind of view or a package that is not there."""
+def check_options(r: Recipe, device: torch.device) -> None:
+    """Raises ValueError for what this machine does not have: a kind of view, a GPU for fp16, a tracker's package."""
+    if r.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     if r.views not in views.RECIPES:
         raise ValueError(f"views {r.views!r} is none of {', '.join(views.RECIPES)}")
     for name in r.trackers:

@@ -42,7 +42,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
     problem, facts, notes = "", dict[str, Any](), list[str]()
     try:
         r.validate()
-        start.check_options(r)
+        start.check_options(r, device)
         notes += compare_recipes(out, r)
         source = start.open_in_turn(r, rank, control)
         loader = start.open_loader(r, source, rank, ranks, device)
@@ -336,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
             # Each rank keeps its own batch-norm statistics; DDP would send rank 0's to all at every forward pass.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-    except ValueError as error:  # fp16 on a CPU, a tracker that nobody knows
+    except ValueError as error:  # a tracker that accelerate does not know
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     rank = accelerator.process_index

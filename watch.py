@@ -215,10 +215,12 @@ def warnings_during(
             "bn_groups), views that are too alike (crop_min near 1), a small queue_size"
         )
     if step > 50 and metrics["data_wait"] > 0.10:
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
+        parts = {name: stages[name] for name in ("read", "screen", "views", "graph") if name in stages}
+        slowest = bottleneck if bottleneck in parts else max(parts, key=parts.__getitem__)
+        listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
         found["data"] = (
-            f"{metrics['data_wait']:.0%} of the time is spent waiting for data; the slowest stage is {bottleneck} "
-            f"({parts}). What helps: more num_threads, smaller stored images (make_shards --resize), a cache_dir for "
+            f"{metrics['data_wait']:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
+            f"({listed}). What helps: more num_threads, smaller stored images (make_shards --resize), a cache_dir for "
             "remote shards"
         )
     return found
