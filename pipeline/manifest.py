@@ -257,6 +257,8 @@ def _check_cache(source: Source, cache_bytes: int) -> None:
 def _open_manifest(data: str, storage: Storage, workers: int, progress: bool) -> Manifest:
     if data.startswith("pipe:"):
         raise ValueError(f"{data}: commands are not run as data; name a folder, tars or a URL")
+    if not is_remote(data):
+        data = str(local_path(data))  # without file:// and ~
     if is_compressed(data):
         raise ValueError(
             f"{data} is compressed, so single images in it cannot be reached: unpack it once with gunzip or the like"
