@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import simplejpeg  # type: ignore[import-untyped]
 from PIL import Image, ImageCms, ImageOps
 

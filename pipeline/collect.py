@@ -215,6 +215,7 @@ class Listing:
         are). `labels` False leaves them out. ValueError for a label that is not among `classes`.
         """
         digest = xxhash.xxh3_64()
+        encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
         position = total = count = 0
         rows = array("q")
         with (folder / "listing.jsonl").open("wb") as lines, (folder / "listing.bin").open("wb") as table:
@@ -222,8 +223,9 @@ class Listing:
                 if not labels:
                     entry = entry._replace(label=None)
                 found.add(entry)
-                line = json.dumps(entry, separators=(",", ":"), default=str).encode() + b"\n"
-                digest.update(json.dumps(entry[1:], default=str).encode())
+                where, what = encode(entry.path), encode(entry[1:])
+                digest.update(what.encode())  # not the place: the same images elsewhere are the same input
+                line = f"[{where},{what[1:]}\n".encode()
                 rows.extend((position, entry.size))
                 lines.write(line)
                 position += len(line)

@@ -85,13 +85,3 @@ def writing(place: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-
-
-def size(place: str) -> int:
-    """Bytes of a file, -1 when there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        if not is_remote(place):
-            return local_path(place).stat().st_size
-        fs, path = file_system(place)
-        return int(fs.size(path))
-    return -1
