@@ -42,6 +42,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
     problem, facts, notes = "", dict[str, Any](), list[str]()
     try:
         r.validate()
+        r.images_per_rank(ranks)
         start.check_options(r, device)
         notes += compare_recipes(out, r)
         source = start.open_in_turn(r, rank, control)
