@@ -27,6 +27,7 @@ COLUMNS = (
     "grey_before", "order", "brightness", "contrast", "saturation", "hue", "grey_after", "blur",
 )  # fmt: skip
 WEIGHT_BITS = 22  # Pillow's fixed point
+BLOCK = 256  # rows of a crop that are resized at a time: they stay in the cache, and memory is bounded
 
 
 @njit(cache=True)
@@ -136,30 +137,33 @@ def transpose(source: Bytes, target: Bytes) -> None:
 @njit(cache=True)
 def resize(image: Bytes, row: Floats, size: int) -> Bytes:
     """The view's window of its resized box, uint8 [3, size, size]: across, rounded, then down, in Pillow's order."""
-    top, left = int(row[views.TOP]), int(row[views.LEFT])
-    width, height = int(row[views.WIDTH]), int(row[views.HEIGHT])
+    # Clamped: memory outside the image must not be read, whatever the sizes that the row was drawn for.
+    top, left = min(int(row[views.TOP]), image.shape[0] - 1), min(int(row[views.LEFT]), image.shape[1] - 1)
+    height, width = min(int(row[views.HEIGHT]), image.shape[0] - top), min(int(row[views.WIDTH]), image.shape[1] - left)
     first_x, weights_x = triangle_weights(width, int(row[views.GRID_WIDTH]), int(row[views.GRID_LEFT]), size)
     first_y, weights_y = triangle_weights(height, int(row[views.GRID_HEIGHT]), int(row[views.GRID_TOP]), size)
     top, rows = top + first_y[0], first_y[size - 1] + weights_y.shape[1] - first_y[0]
     left, columns = left + first_x[0], first_x[size - 1] + weights_x.shape[1] - first_x[0]
-    rows8, columns8, size8 = (rows + 7) // 8 * 8, (3 * columns + 7) // 8 * 8, (3 * size + 7) // 8 * 8
+    columns8, size8 = (3 * columns + 7) // 8 * 8, (3 * size + 7) // 8 * 8
 
     pixels = image.reshape(-1)
-    box = np.empty((rows8, columns8), np.uint8)
-    for y in range(rows):
-        start = 3 * ((top + y) * image.shape[1] + left)
-        copy(pixels[start : start + 3 * columns], box[y])
-    standing = np.empty((columns8, rows8), np.uint8)  # a line per column of the box, red, green and blue by turns
-    transpose(box, standing)
-    narrow = np.empty((size8, rows8), np.uint8)  # the same of the view: all red lines, all green ones, all blue ones
-    line, total = np.empty(3 * max(rows8, size), np.uint8), np.empty(3 * max(rows8, size), np.int32)
-    for x in range(size):
-        start = 3 * rows8 * (first_x[x] - first_x[0])
-        weigh(standing.reshape(-1), start, 3 * rows8, weights_x[x], line[: 3 * rows8], total)
-        for c in range(3):
-            copy(line[c * rows8 : (c + 1) * rows8], narrow[c * size + x])
-    lying = np.empty((rows8, size8), np.uint8)
-    transpose(narrow, lying)
+    box = np.empty((BLOCK, columns8), np.uint8)
+    standing = np.empty(columns8 * BLOCK, np.uint8)  # a line per column of the box, red, green and blue by turns
+    narrow = np.empty(size8 * BLOCK, np.uint8)  # the same of the view: all red lines, all green ones, all blue ones
+    lying = np.empty(((rows + 7) // 8 * 8, size8), np.uint8)
+    line, total = np.empty(3 * max(BLOCK, size), np.uint8), np.empty(3 * max(BLOCK, size), np.int32)
+    for y0 in range(0, rows, BLOCK):
+        n = min(rows - y0, BLOCK)
+        n8 = (n + 7) // 8 * 8
+        for y in range(n):
+            start = 3 * ((top + y0 + y) * image.shape[1] + left)
+            copy(pixels[start : start + 3 * columns], box[y])
+        transpose(box[:n8], standing[: columns8 * n8].reshape(columns8, n8))
+        for x in range(size):
+            weigh(standing, 3 * n8 * (first_x[x] - first_x[0]), 3 * n8, weights_x[x], line[: 3 * n8], total)
+            for c in range(3):
+                copy(line[c * n8 : (c + 1) * n8], narrow[(c * size + x) * n8 :])
+        transpose(narrow[: size8 * n8].reshape(size8, n8), lying[y0 : y0 + n8])
     planes = np.empty((3, size, size), np.uint8)
     for y in range(size):
         weigh(lying.reshape(-1), size8 * (first_y[y] - first_y[0]), size8, weights_y[y], line[: 3 * size], total)

@@ -178,6 +178,14 @@ def test_tiny_and_extreme_images(recipe: str) -> None:
         assert (view[0].std(dim=(1, 2)) < 1e-3).all()  # the view of one pixel is of one colour
 
 
+def test_a_row_for_another_image_reads_no_memory_outside_this_one() -> None:
+    out = np.empty((SIZE, SIZE, 3), np.float32)
+    image, norm = np.full((20, 30, 3), 128, np.uint8), np.array([[0, 0, 0], [1, 1, 1]], np.float32)
+    for row in (*center_crops([3000, 20], [40, 4000], SIZE, SIZE), *rows_of([0, 5, 7])):
+        kernels_cpu.render(out, image, row, norm)
+        assert np.ptp(out, axis=(0, 1)).max() < 0.01
+
+
 def test_kernels_know_the_columns() -> None:
     """numba's cache looks at kernels_cpu.py alone: it names the columns it was compiled with."""
     assert kernels_cpu.COLUMNS == views.COLUMNS
