@@ -50,7 +50,8 @@ class Loader:
     """Endless iterator over the batches of one rank; the pipeline is built once, an epoch's end costs nothing.
 
     `batch_size` is global, `views` one of views.RECIPES, `crop_min` the smallest share of the image's area in a crop.
-    `quarantine` is the file that bad samples are written to, `max_bad_fraction` the share of them that ends the run.
+    `quarantine` is the file that bad samples are written to, `max_bad_fraction` the share of them that ends the run;
+    `hw_decoder_load` the share of the JPEGs that a GPU's hardware decoder gets.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         num_threads: int | None = None,
         prefetch: int = 2,
+        hw_decoder_load: float = 0.65,
         quarantine: str | Path | None = None,
         max_bad_fraction: float = 0.01,
         max_pixels: int = MAX_PIXELS,
@@ -76,7 +78,7 @@ class Loader:
     ) -> None:
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
         self.views, self.image_size, self.crop_min, self.batch_size = views, image_size, crop_min, batch_size
-        self.device, self.dtype, self.prefetch = device, dtype, prefetch
+        self.device, self.dtype, self.prefetch, self.hw_decoder_load = device, dtype, prefetch, hw_decoder_load
         self.num_threads = num_threads or usual_threads()
         self.order = make_order(source, batch_size, seed)
         self.order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
@@ -165,6 +167,7 @@ class Loader:
             dtype=self.dtype,
             num_threads=self.num_threads,
             prefetch=self.prefetch,
+            hw_decoder_load=self.hw_decoder_load,
             mean=mean,
             std=std,
         )
