@@ -228,7 +228,8 @@ SMALL: dict[str, Any] = {"fontsize": 8, "ha": "center"}
 def table(results: list[dict[str, Any]], untrained: float) -> str:
     lines = [f"untrained encoder: kNN {untrained:.1%}"]
     for study in STUDIES:
-        for r in (r for r in results if study in r["studies"]):
+        mine = [r for r in results if study in r["studies"]]
+        for r in sorted(mine, key=lambda r: (r["mechanism"], r["queue_size"], r["moco_momentum"])):
             last = r["pretext_accuracy"][-1][1] if r["pretext_accuracy"] else float("nan")
             shuffle = "" if r["shuffle_bn"] else "  no shuffle BN"
             lines.append(
