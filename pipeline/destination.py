@@ -77,7 +77,7 @@ def writing(place: str) -> Iterator[BinaryIO]:
     final = local_path(place)
     beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb", buffering=1 << 20) as local:
+        with beside.open("wb", buffering=1 << 14) as local:  # images are larger: they are not copied once more
             yield local
             local.flush()
             os.fsync(local.fileno())
