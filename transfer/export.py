@@ -1,0 +1,65 @@
+"""The encoder of a run for use elsewhere: torchvision's names, or a file of the reference MoCo code's layout."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import save_file
+
+import checkpoint
+from model.interchange import read_moco, write_moco
+from transfer.load import LoadedEncoder, load_encoder
+
+
+def torchvision_state(loaded: LoadedEncoder) -> dict[str, torch.Tensor]:
+    """The backbone's parameters and statistics under torchvision's names; `fc`, which it was not trained with, is
+    missing: `torchvision.models.resnet50().load_state_dict(state, strict=False)`."""
+    return {name: tensor.contiguous() for name, tensor in loaded.encoder.backbone.state_dict().items()}
+
+
+def export(run: str, output: Path, format: Literal["torchvision", "moco"]) -> Path:
+    """Writes the query encoder of `run` (a run folder, a checkpoint in it, or a MoCo .pth.tar) to `output`.
+
+    torchvision: a state dict, as safetensors when `output` ends so, else by torch.save. moco: with the key encoder and
+    the queue of a MoCo run, so that the reference's own scripts evaluate it and either code can train it further.
+    """
+    loaded = load_encoder(run)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(output.name + ".tmp")
+    if format == "torchvision":
+        state = torchvision_state(loaded)
+        if output.suffix == ".safetensors":
+            save_file(state, beside, metadata={"source": loaded.name, "step": str(loaded.step)})
+        else:
+            torch.save(state, beside)
+        beside.replace(output)
+        return output
+    if loaded.recipe is None:
+        file = read_moco(run)
+        write_moco(output, file.encoder, arch=file.arch, epoch=file.epoch)
+        return output
+    path = Path(run)
+    state = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)
+    assert state is not None  # load_encoder has read it
+    dictionary = state["moco"] if loaded.recipe.mechanism == "moco" else None
+    write_moco(output, state["encoder"], dictionary, arch=loaded.recipe.arch, epoch=int(state["epoch"]))
+    return output
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m transfer.export", description="Writes a run's encoder for use elsewhere.")
+    parser.add_argument("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
+    parser.add_argument("--output", type=Path, required=True, help="the file, such as r50.pth or r50.safetensors")
+    parser.add_argument("--format", type=Literal["torchvision", "moco"], default="torchvision", help="whose layout")
+    args = parser.parse_args()
+    print(export(args.run, args.output, args.format))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
