@@ -19,6 +19,7 @@ def _(default: Any, help: str) -> Any:
 class Recipe:
     data: str = _("", "folder of shards, URL, brace pattern or YAML card")
     out: str = _("", "run folder; running the same command again continues what is in it")
+    init: str = _("", "a MoCo .pth.tar that a new run starts from: its encoders, and its queue when it has one")
     seed: int = _(0, "of weights, order and views")
     epochs: int = _(200, "passes over the data, and the period of the step and cosine schedules; 0: until max_steps")
     max_steps: int = _(0, "stop after this many optimiser steps even if epochs are left; 0: no limit")
@@ -37,6 +38,7 @@ class Recipe:
     symmetric: bool = _(False, "each view is query once and key once; the two losses are added")
     queue_size: int = _(65536, "keys in the dictionary")
     moco_momentum: float = _(0.999, "m of equation 2")
+    momentum_schedule: Literal["constant", "cosine"] = _("constant", "cosine: from m to 1 over the run, as MoCo v3")
     temperature: float = _(0.07, "of the InfoNCE loss, equation 1")
     bn_groups: int = _(
         8, "batch-norm groups of the global batch, shared out over the ranks (the papers: 8 GPUs, 8 groups)"

@@ -20,17 +20,17 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import recipe as recipes
-import start
 from checkpoint import Writer
 from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo, Stats
-from profiling import WARM_UP, Profile
 from recipe import Recipe
-from resume import compare_recipes, gather_objects, load_newest, random_state, set_random_state
-from schedule import learning_rate
+from trainer import start
+from trainer.profiling import WARM_UP, Profile
+from trainer.resume import compare_recipes, gather_objects, load_newest, random_state, set_random_state
+from trainer.schedule import key_momentum, learning_rate
+from trainer.watch import Log, Window, memory_gb, norm, warnings_during
+from trainer.watchdog import CommonError, Stop, Watchdog, agree, control_group, die_with_launcher
 from transfer import curves
-from watch import Log, Window, memory_gb, norm, warnings_during
-from watchdog import CommonError, Stop, Watchdog, agree, control_group, die_with_launcher
 
 
 def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog) -> None:
@@ -48,7 +48,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         source = start.open_in_turn(r, rank, control)
         loader = start.open_loader(r, source, rank, ranks, device)
         per_epoch = loader.steps_per_epoch
-        total = min(r.epochs * per_epoch or r.max_steps, r.max_steps or r.epochs * per_epoch)
+        planned = r.epochs * per_epoch or r.max_steps  # what the schedules are stretched over
+        total = min(planned, r.max_steps or planned)
         net = start.build_net(r, ranks)
         dictionary = start.build_dictionary(r, net, ranks, source.samples, device)
         monitor = start.open_monitor(r, source, rank, ranks) if r.knn_every else None
@@ -84,6 +85,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         window.settled = state["metrics"]["rows"]
         if rank < len(state["rng"]):
             set_random_state(state["rng"][rank], device)
+    elif r.init:
+        start.begin_from(r.init, net, dictionary)
     del state
     dictionary.check_ranks(net)
 
@@ -98,7 +101,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
     if r.trackers and not r.profile:
         start_trackers(accelerator, r, step)
     writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
-    start.introduce(log, r, source.samples, ranks, step, total, per_epoch, notes)
+    start.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
 
     def save() -> float:
         """Collective, as every rank's generators go in. What is not finite is never saved. Returns the seconds it
@@ -145,6 +148,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         )
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
+        m = key_momentum(step, momentum=r.moco_momentum, schedule=r.momentum_schedule, total_steps=planned)
 
         phase("data")
         with window.waiting():
@@ -187,7 +191,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
             skipped = 0
             if isinstance(dictionary, MoCo):
                 phase("momentum")
-                moco.momentum_update(net, r.moco_momentum)
+                moco.momentum_update(net, m)
                 phase("queue")
                 moco.enqueue(torch.cat(seen))
             elif isinstance(dictionary, MemoryBank):
@@ -210,6 +214,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
             metrics["memory_gb"] = memory_gb(device)
             if isinstance(dictionary, MoCo):
                 metrics |= {"queue_filled": dictionary.queue_filled.item(), "queue_age": dictionary.queue_age().item()}
+            if len(source.names) > 1:
+                metrics |= {f"samples_{name}": count for name, count in loader.source_counts().items()}
             if save_seconds:
                 metrics |= {"save_seconds": save_seconds, "write_seconds": writer.seconds}
                 save_seconds = 0.0

@@ -186,8 +186,8 @@ def torchvision_batches(
 
 
 def child_train(o: dict[str, Any]) -> dict[str, Any]:
-    import start
     import train
+    from trainer import start
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[o["precision"]]
     real_loader = start.open_loader

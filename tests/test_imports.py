@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OURS = ("pipeline", "model", "transfer", "train", "recipe", "checkpoint")
+OURS = ("pipeline", "model", "trainer", "transfer", "train", "recipe", "checkpoint")
 SOURCES = sorted(
     path
-    for path in [*REPOSITORY.glob("*.py"), *(p for folder in OURS[:3] for p in (REPOSITORY / folder).glob("*.py"))]
+    for path in [*REPOSITORY.glob("*.py"), *(p for folder in OURS[:4] for p in (REPOSITORY / folder).glob("*.py"))]
     if path.stem != "__init__"
 )
 ENTRY_POINTS = {"train", "pipeline.make_shards"}
@@ -50,9 +50,9 @@ def test_import_rules(path: Path) -> None:
         case "model":
             forbidden = {"pipeline", "recipe", "checkpoint", "transfer", "accelerate", "nvidia", "webdataset"}
         case "transfer":
-            forbidden = {"accelerate"}
-        case "recipe" | "checkpoint" | "schedule":
-            forbidden = {"pipeline", "model", "transfer", "accelerate"}
+            forbidden = {"trainer"}
+        case "recipe" | "checkpoint":
+            forbidden = {"pipeline", "model", "trainer", "transfer"}
         case _:
             forbidden = set()
     assert not packages & forbidden, f"{name} must not import {sorted(packages & forbidden)}"

@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 
 import recipe as recipes
 from recipe import Recipe
-from resume import compare_recipes
+from trainer.resume import compare_recipes
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 GOOD = Recipe(data="shards/a", out="runs/a")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from schedule import learning_rate
+from trainer.schedule import key_momentum, learning_rate
 
 
 def reference(epoch: int, lr: float, epochs: int, cos: bool, milestones: tuple[int, ...]) -> float:
@@ -49,3 +49,15 @@ def test_warm_up_is_a_line_to_one() -> None:
 def test_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ValueError, match="none of step, cosine"):
         learning_rate(0, lr=1.0, schedule="linear", steps_per_epoch=1)
+
+
+def test_momentum_is_constant_or_rises_to_one() -> None:
+    def momentum(step: int, schedule: str) -> float:
+        return key_momentum(step, momentum=0.99, schedule=schedule, total_steps=1000)
+
+    assert [momentum(step, "constant") for step in (0, 500, 999)] == [0.99] * 3
+    assert momentum(0, "cosine") == pytest.approx(0.99)
+    assert momentum(500, "cosine") == pytest.approx(0.995)
+    assert momentum(1000, "cosine") == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="none of constant, cosine"):
+        momentum(0, "linear")

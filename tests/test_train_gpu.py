@@ -16,7 +16,7 @@ GPU = {"env": {"ACCELERATE_USE_CPU": "false"}}
 # Any synchronising call from the fourth step on is an error, but for the phases that are meant to.
 NO_SYNC = """
 import torch
-from watchdog import Watchdog
+from trainer.watchdog import Watchdog
 phase = Watchdog.phase
 def strict(self, name):
     quiet = self.step >= 3 and name not in ("log", "save", "knn")

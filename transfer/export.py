@@ -41,10 +41,10 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"]) -> Pa
         write_moco(output, file.encoder, arch=file.arch, epoch=file.epoch)
         return output
     path = Path(run)
-    state = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)
-    assert state is not None  # load_encoder has read it
-    dictionary = state["moco"] if loaded.recipe.mechanism == "moco" else None
-    write_moco(output, state["encoder"], dictionary, arch=loaded.recipe.arch, epoch=int(state["epoch"]))
+    saved = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)
+    assert saved is not None  # load_encoder has read it
+    dictionary = saved["moco"] if loaded.recipe.mechanism == "moco" else None
+    write_moco(output, saved["encoder"], dictionary, arch=loaded.recipe.arch, epoch=int(saved["epoch"]))
     return output
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model import interchange
 from model.batchnorm import batchnorm_shortcut, split_batchnorm
 from model.encoders import Encoder, build_encoder
 from model.mechanisms import EndToEnd, MemoryBank
@@ -19,8 +20,8 @@ from pipeline import views
 from pipeline.loader import Loader
 from pipeline.manifest import Source, open_source
 from recipe import Recipe
+from trainer.watch import Log, warnings_before
 from transfer import knn
-from watch import Log, warnings_before
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
@@ -143,8 +144,17 @@ def open_monitor(
     return monitor
 
 
+def begin_from(path: str, net: Encoder, dictionary: MoCo | EndToEnd | MemoryBank) -> None:
+    """Puts a MoCo `.pth.tar` into a new run. ValueError when it does not fit, FileNotFoundError."""
+    file = interchange.read_moco(path)
+    if isinstance(dictionary, MoCo):
+        interchange.continue_from(file, net, dictionary)
+    else:
+        interchange.load_into(net, file.encoder)
+
+
 def introduce(
-    log: Log, r: Recipe, samples: int, ranks: int, step: int, total: int, per_epoch: int, notes: list[str]
+    log: Log, r: Recipe, net: Encoder, samples: int, ranks: int, step: int, total: int, per_epoch: int, notes: list[str]
 ) -> None:
     """What is about to run, and what its numbers alone say about it."""
     each, groups = r.images_per_rank(ranks), r.bn_groups_per_rank(ranks)
@@ -159,5 +169,7 @@ def introduce(
     log.warn(warnings_before(samples, r.batch_size, r.queue_size, r.lr, r.warmup_epochs))
     if r.bn_groups < ranks:
         log.say(f"note: bn_groups {r.bn_groups} is below the {ranks} ranks: each rank is a group")
-    if not r.shuffle_bn:
+    if not net.has_batchnorm:
+        log.say(f"note: {r.arch} has no batch norm, so there is nothing to shuffle")
+    elif not r.shuffle_bn:
         log.say("note: shuffle_bn is off: query and key share batch statistics (the paper's negative control)")

@@ -1,4 +1,4 @@
-"""The learning rate: a pure function of the optimiser step, the same for any number of ranks and after any restart.
+"""Learning rate and momentum: pure functions of the optimiser step, the same for any number of ranks and restarts.
 
 No scheduler object: one that accelerate prepares steps once per process, and its state is one more thing to save."""
 
@@ -34,3 +34,16 @@ def learning_rate(
     elif schedule != "constant":
         raise ValueError(f"schedule {schedule!r} is none of step, cosine, exponential, constant")
     return lr * min(1.0, (step + 1) / max(1, warmup_epochs * steps_per_epoch))
+
+
+def key_momentum(step: int, *, momentum: float, schedule: str, total_steps: int) -> float:
+    """m of equation 2 at optimiser step `step`, counted from 0.
+
+    "constant" is the paper's. "cosine" rises from `momentum` at the first step to 1 at `total_steps`, as MoCo v3 has it
+    (Chen et al. 2021, appendix): 1 - (1 - momentum) * (1 + cos(pi * step / total_steps)) / 2.
+    """
+    if schedule == "constant":
+        return momentum
+    if schedule != "cosine":
+        raise ValueError(f"momentum schedule {schedule!r} is none of constant, cosine")
+    return 1.0 - (1.0 - momentum) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
