@@ -6,6 +6,7 @@ Nothing is unpickled but tensors and plain values (`weights_only`).
 """
 
 import os
+import pickle
 import sys
 import threading
 import time
@@ -75,7 +76,7 @@ def load(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

@@ -29,7 +29,7 @@ from trainer.profiling import WARM_UP, Profile
 from trainer.resume import compare_recipes, gather_objects, load_newest, random_state, set_random_state
 from trainer.schedule import key_momentum, learning_rate
 from trainer.watch import Log, Window, memory_gb, norm, warnings_during
-from trainer.watchdog import CommonError, Stop, Watchdog, agree, control_group, die_with_launcher
+from trainer.watchdog import CommonError, Stop, Watchdog, agree, control_group, die_with_launcher, rejoin
 from transfer import curves
 
 
@@ -335,6 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     die_with_launcher()
     torch.set_float32_matmul_precision("high" if r.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = r.precision != "fp32"
+    rejoin()
     try:
         accelerator = Accelerator(
             mixed_precision=r.precision if r.precision in ("bf16", "fp16") else "no",

@@ -136,7 +136,7 @@ def test_torchrun_restarts_after_a_kill_and_the_run_is_the_same(
     shards_dir: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "elastic"
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=5"]
     launcher = launch(command, out, shards_dir, save_every=2)
     try:
         wait_for_step(out, 5)

@@ -29,6 +29,25 @@ class CommonError(ValueError):
     """Raised alike on all ranks, so that one of them reports it."""
 
 
+def rejoin() -> None:
+    """Joins the ranks that torchrun restarted; to be called before the Accelerator, which then finds the group there.
+
+    torchrun keeps one store over its restarts and torch puts no attempt into its keys, so that restarted ranks would
+    look for each other at the addresses of the dead: "connectFullMesh failed, connection refused" (torch 2.15).
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
 def control_group() -> Any:
     """A gloo group for messages between hosts that must not touch the GPU; None when there is one process."""
     return dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
@@ -106,6 +125,7 @@ class Watchdog(threading.Thread):
 
     def __init__(self, rank: int, ranks: int, seconds: float) -> None:
         super().__init__(name="watchdog", daemon=True)
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # for the rank that finds this one hanging
         self.rank, self.ranks, self.seconds = rank, ranks, seconds
         self.step, self.name_of_phase, self.ticks = 0, "start", 0
         self._changed = self._step_began = time.monotonic()
@@ -220,9 +240,12 @@ class Watchdog(threading.Thread):
             print(f"error: rank {self.rank} ends the run: {message}", file=sys.stderr, flush=True)
         if self.rank in culprits:
             faulthandler.dump_traceback(all_threads=True)  # where it hangs
-        for r in culprits:
-            host, pid = others[r][3].split(" ") if others else ("", "")
-            if r != self.rank and host == socket.gethostname():
+        places = [others[r][3].split(" ") for r in culprits if r != self.rank] if others else []
+        here = [int(pid) for host, pid in places if host == socket.gethostname()]
+        for number in (signal.SIGUSR2, signal.SIGKILL):  # its stacks, then its end
+            for pid in here:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)  # a stopped process does not end itself
+                    os.kill(pid, number)
+            if here and number == signal.SIGUSR2:
+                time.sleep(0.5)
         os._exit(1)
