@@ -30,11 +30,12 @@ python -m transfer.gallery --run demo/run --data demo/shards/val --output demo/n
 
 python - "$trained" "$untrained" "$pixels" <<'PYTHON'
 import json, pathlib, statistics, sys
-trained, untrained, pixels = (json.loads(line)["knn"] for line in sys.argv[1:])
+judged = [json.loads(line) for line in sys.argv[1:]]
+trained, untrained, pixels = (row["knn"] for row in judged)
 log = [json.loads(line) for line in pathlib.Path("demo/run/metrics.jsonl").read_text().splitlines()]
 speed = statistics.median(row["images_per_second"] for row in log if "images_per_second" in row)
 print(f"""
-kNN accuracy on 360 held-out digits
+kNN accuracy on {judged[0]["val"]} held-out digits
   trained encoder    {trained:7.1%}
   untrained encoder  {untrained:7.1%}
   raw pixels         {pixels:7.1%}

@@ -1,6 +1,6 @@
 """Writes scikit-learn's handwritten digits as an image folder: data for the demo that no download is needed for.
 
-python benchmarks/digits.py DESTINATION   ->  DESTINATION/{train,val}/{0..9}/*.png   (1,437 + 360 grey images)
+python benchmarks/digits.py DESTINATION   ->  DESTINATION/{train,val}/{0..9}/*.png   (1,438 + 359 grey images)
 """
 
 import sys
