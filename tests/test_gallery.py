@@ -81,12 +81,12 @@ def test_nearest_first(run_folder: Path, shards_dir: Path, tmp_path: Path, monke
     assert path.is_file()
     assert [len(row) for row in rows] == [6] * 4
     for row in rows:
-        scores = [float(text.split()[0]) for _, text, _ in row[1:]]
+        scores = [float(text.split()[1].strip("()")) for _, text, _ in row[1:]]
         assert scores == sorted(scores, reverse=True)
         own = row[0][0].tobytes()
         assert all(image.tobytes() != own for image, _, _ in row[1:]), "a query is not its own neighbour"
         for _, text, frame in row[1:]:
-            assert frame == (gallery.SAME if text.split()[1] == row[0][1] else gallery.OTHER)
+            assert frame == (gallery.SAME if text.split()[0] == row[0][1] else gallery.OTHER)
 
 
 def unlabelled(image_folder: Path, tmp_path: Path) -> Source:

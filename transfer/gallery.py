@@ -125,7 +125,7 @@ def make_gallery(
         for i, score in [(i, s) for i, s in zip(near, scores) if i != query][:neighbours]:
             known = labels[query] >= 0 and labels[i] >= 0
             frame = (SAME if labels[i] == labels[query] else OTHER) if known else ""
-            row.append((picture(i), f"{label(i)} ({score:.2f})", frame))
+            row.append((picture(i), f"{label(i)} ({score:.2f})".strip(), frame))
         rows.append(row)
     storage.close()
     where = f"{len(vectors):,} images of {', '.join(source.names)}"
