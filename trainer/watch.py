@@ -220,8 +220,8 @@ def warnings_during(
         listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
         found["data"] = (
             f"{metrics['data_wait']:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
-            f"({listed}). What helps: more num_threads, smaller stored images (make_shards --resize), a cache_dir for "
-            "remote shards"
+            f"({listed}). What helps: more num_threads, smaller stored images (make_shards --short_side), a cache_dir "
+            "for remote shards"
         )
     return found
 
