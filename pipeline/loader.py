@@ -10,18 +10,17 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from pipeline import views as view_parameters
 from pipeline.graph import Graph
 from pipeline.manifest import Source, open_source
 from pipeline.prefetch import Decoding, Item
-from pipeline.read import Reader, Samples, draw_of_ids, make_order
+from pipeline.read import Reader, Samples, make_order
 from pipeline.screen import MAX_PIXELS
 from pipeline.storage import Storage, is_remote
 
@@ -35,14 +34,6 @@ class Batch(NamedTuple):
 
     query: torch.Tensor
     key: torch.Tensor
-    sample_ids: torch.Tensor
-
-
-class EvalBatch(NamedTuple):
-    """One view of n images, [n, 3, S, S]; labels int64 [n], -1 where unknown; ids int64 [n]; all on the device."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
     sample_ids: torch.Tensor
 
 
@@ -92,9 +83,8 @@ class Loader:
             max_pixels=max_pixels,
             num_threads=self.num_threads,
         )
-        self._remote = any(is_remote(m.shard_url(0)) for m in source.manifests)
-        own_lanes, sources = max(1, source.lanes // world_size), len(source.manifests)
-        self._ahead = 2 * own_lanes * source.chunk_shards * sources if source.chunk_shards else SHARDS_AHEAD
+        self._remote = any_remote(source)
+        self._ahead = shards_ahead(source, world_size)
         self._consumed = 0  # batches of the run so far, over all epochs
         self._decoding: Decoding | None = None
         self._views_seconds = self._wait_seconds = 0.0
@@ -120,19 +110,11 @@ class Loader:
         while True:
             epoch, within = divmod(step, self.steps_per_epoch)
             if self._remote:
-                self._prefetch_shards(epoch, within)
+                ahead = self.order.upcoming_shards(epoch, within, self.rank, self.world_size, self._ahead)
+                prefetch_shards(self.source, self._storage, ahead)
             draw = self.order.draw(epoch, within, self.rank, self.world_size)
             yield self._with_views(self._reader.read(draw))
             step += 1
-
-    def _prefetch_shards(self, epoch: int, step: int) -> None:
-        ahead = self.order.upcoming_shards(epoch, step, self.rank, self.world_size, self._ahead)
-        wanted: list[str | tuple[str, int, str]] = []
-        for m, shard in ahead:
-            manifest = self.source.manifests[m]
-            entry = manifest.shards[shard]
-            wanted += [manifest.index_url(shard), (manifest.shard_url(shard), entry.bytes, entry.checksum)]
-        self._storage.prefetch(wanted)
 
     def _with_views(self, samples: Samples) -> Item:
         started = time.perf_counter()
@@ -237,91 +219,29 @@ class Loader:
         self._storage.close()
 
 
+def any_remote(source: Source) -> bool:
+    return any(is_remote(m.shard_url(0)) for m in source.manifests)
+
+
+def shards_ahead(source: Source, world_size: int) -> int:
+    """How many shards a rank of a remote source has on their way before it needs them."""
+    own_lanes, sources = max(1, source.lanes // world_size), len(source.manifests)
+    return 2 * own_lanes * source.chunk_shards * sources if source.chunk_shards else SHARDS_AHEAD
+
+
+def prefetch_shards(source: Source, storage: Storage, ahead: Sequence[tuple[int, int]]) -> None:
+    """Has the (manifest, shard) pairs and their indexes fetched in the background."""
+    wanted: list[str | tuple[str, int, str]] = []
+    for m, shard in ahead:
+        manifest = source.manifests[m]
+        entry = manifest.shards[shard]
+        wanted += [manifest.index_url(shard), (manifest.shard_url(shard), entry.bytes, entry.checksum)]
+    storage.prefetch(wanted)
+
+
 def usual_threads() -> int:
     """This process's share of the machine's cores; torchrun says how many processes share them."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def eval_batches(
-    source: Source,
-    *,
-    transform: str,
-    image_size: int,
-    resize: int,
-    batch_size: int,
-    mean_std: tuple[view_parameters.Triple, view_parameters.Triple] = view_parameters.IMAGENET,
-    seed: int = 0,
-    epoch: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    num_threads: int | None = None,
-    max_bad_fraction: float = 0.01,
-    cache_dir: str | None = None,
-    cache_bytes: int = 50 << 30,
-) -> Iterator[EvalBatch]:
-    """Every sample once over the ranks, in the order of the ids, with its label; the last batch may be smaller.
-
-    `transform`: "center" (short side to `resize`, central crop) or "crop" (random resized crop and flip, keyed by seed
-    and epoch). `batch_size` is this rank's. Bad samples are left out, and said so; ValueError past `max_bad_fraction`.
-    """
-    if transform not in ("center", "crop"):
-        raise ValueError(f"transform {transform!r}: choose center or crop")
-    threads = num_threads or usual_threads()
-    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
-    reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=threads)
-    begin, end = source.samples * rank // world_size, source.samples * (rank + 1) // world_size
-
-    def with_views(samples: Samples) -> Item:
-        sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
-        if transform == "center":
-            rows = view_parameters.center_crops(resize=resize, **sizes)
-        else:
-            draw = samples.draw
-            keys: dict[str, Any] = {"seed": seed, "epochs": draw.epochs, "sample_ids": draw.sample_ids, "view": 0}
-            rows = view_parameters.sample_crops(**keys, **sizes, crop_min=0.08)
-        return Item(samples, (rows,), reader.labels(samples.draw))
-
-    def items() -> Iterator[Item]:
-        for low in range(begin, end, batch_size):
-            ids = np.arange(low, min(low + batch_size, end), dtype=np.int64)
-            samples = reader.read(draw_of_ids(source, ids, epoch), replace=False)
-            if len(samples.encoded):
-                yield with_views(samples)
-
-    def make_graph(feed: Any) -> Graph:
-        return Graph(
-            feed,
-            num_views=1,
-            image_size=image_size,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            num_threads=threads,
-            mean=mean_std[0],
-            std=mean_std[1],
-        )
-
-    def rescue(item: Item) -> Item:
-        return with_views(reader.rescue(item.samples, replace=False))
-
-    decoding = Decoding(items(), make_graph, rescue)
-    try:
-        while True:
-            try:
-                item, (images,) = decoding.next()
-            except StopIteration:
-                break
-            assert item.labels is not None
-            labels, ids = torch.from_numpy(item.labels), torch.from_numpy(item.samples.draw.sample_ids)
-            yield EvalBatch(images, labels.to(device), ids.to(device))
-    finally:
-        decoding.close()
-        reader.close()
-        storage.close()
-        if reader.bad:
-            print(f"warning: {reader.bad} of {reader.drawn} samples left out, they do not decode", file=sys.stderr)
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from sample_shards import write_shards
 
 import pipeline.read
 import pipeline.screen
-from pipeline.loader import Loader, eval_batches
+from pipeline.labelled import eval_batches
+from pipeline.loader import Loader
 from pipeline.manifest import Source, open_source
 from pipeline.read import Reader, draw_of_ids, make_order
 from pipeline.storage import Storage
@@ -122,9 +123,7 @@ def test_pixels_of_troublesome_files_are_pillow_s(troublesome: list[Path], image
 
     def views(folder: str, files: Any) -> torch.Tensor:
         source = open_source(str(write_shards(tmp_path / folder, files, 100)))
-        batches = eval_batches(
-            source, transform="center", image_size=96, resize=110, batch_size=16, num_threads=2, max_bad_fraction=0
-        )
+        batches = eval_batches(source, image_size=96, resize=110, batch_size=16, num_threads=2, max_bad_fraction=0)
         return torch.cat([batch.images.clone() for batch in batches])
 
     difference = (views("files", files) - views("copies", copies)).abs().mean((1, 2, 3)) * 0.225 * 255
@@ -138,11 +137,7 @@ def test_evaluation_leaves_bad_files_out_and_says_so(
 ) -> None:
     small = [path for path in troublesome if path.stat().st_size < 60_000]
     source = open_source(str(write_shards(tmp_path / "s", [(p.stem + ".jpg", p.read_bytes(), 7) for p in small], 9)))
-    batches = list(
-        eval_batches(
-            source, transform="center", image_size=16, resize=18, batch_size=5, num_threads=1, max_bad_fraction=1
-        )
-    )
+    batches = list(eval_batches(source, image_size=16, resize=18, batch_size=5, num_threads=1, max_bad_fraction=1))
     bad = {i for i, path in enumerate(small) if path.name in bad_names(troublesome)}
     ids = [i for batch in batches for i in batch.sample_ids.tolist()]
     assert ids == [i for i in range(len(small)) if i not in bad]

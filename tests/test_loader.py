@@ -1,4 +1,4 @@
-"""The loader: what a batch is, its state, killing and resuming, elasticity, evaluation, timings, the command."""
+"""The loader: what a batch is, its state, killing and resuming, elasticity, timings, the command."""
 
 import hashlib
 import json
@@ -11,13 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import pipeline.loader
 from pipeline.graph import Graph
-from pipeline.loader import Batch, Loader, eval_batches
+from pipeline.loader import Batch, Loader
 from pipeline.manifest import Source, open_source
 from pipeline.read import Reader, make_order
 
@@ -132,8 +131,6 @@ def test_arguments_that_do_not_fit(source: Source) -> None:
         Loader(source, world_size=5, **SMALL)
     with pytest.raises(ValueError, match="less than one batch of 64"):
         Loader(source, batch_size=64)
-    with pytest.raises(ValueError, match="choose center or crop"):
-        next(iter(eval_batches(source, transform="x", image_size=32, resize=32, batch_size=4)))
 
 
 KILLED = """
@@ -251,49 +248,6 @@ def test_the_bottleneck_is_named(source: Source, monkeypatch: pytest.MonkeyPatch
     timings = loader.timings()
     assert loader.bottleneck(timings) == "read" and timings["starved"] > timings["graph"]
     loader.close()
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_eval_batches_hold_every_sample_once(source: Source, world_size: int) -> None:
-    ids, labels, images = [], [], []
-    for rank in range(world_size):
-        batches = list(
-            eval_batches(
-                source,
-                transform="center",
-                image_size=32,
-                resize=36,
-                batch_size=7,
-                rank=rank,
-                world_size=world_size,
-                num_threads=1,
-            )
-        )
-        assert all(len(batch.images) == 7 for batch in batches[:-1])
-        ids += [i for batch in batches for i in batch.sample_ids.tolist()]
-        labels += [i for batch in batches for i in batch.labels.tolist()]
-        images += [batch.images for batch in batches]
-    assert ids == list(range(60))
-    assert np.bincount(labels).tolist() == [20, 20, 20]
-    assert torch.cat(images).shape == (60, 3, 32, 32)
-
-
-def test_eval_crops_follow_seed_and_epoch(source: Source) -> None:
-    def crops(**keys: int) -> torch.Tensor:
-        batches = eval_batches(source, transform="crop", image_size=32, resize=36, batch_size=30, num_threads=1, **keys)
-        return torch.cat([batch.images.clone() for batch in batches])
-
-    first = crops(seed=0, epoch=0)
-    assert torch.equal(first, crops(seed=0, epoch=0))
-    assert not torch.equal(first, crops(seed=1, epoch=0)) and not torch.equal(first, crops(seed=0, epoch=1))
-
-
-def test_eval_may_be_left_early(source: Source) -> None:
-    before = set(threading.enumerate())
-    batches = eval_batches(source, transform="center", image_size=32, resize=36, batch_size=7, num_threads=1)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert set(threading.enumerate()) <= before
 
 
 def run_loader(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from pipeline.index import read_index
-from pipeline.loader import draw_of_ids
 from pipeline.manifest import Source, open_source
+from pipeline.read import draw_of_ids
 from pipeline.storage import Storage
 from transfer.knn import extract, nearest
 from transfer.load import LoadedEncoder, load_encoder

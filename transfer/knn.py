@@ -29,7 +29,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.loader import eval_batches
+from pipeline.labelled import eval_batches
 from pipeline.manifest import Source, open_source
 from transfer.load import MeanStd, default_resize, load_encoder
 from transfer.ranks import joined
@@ -63,7 +63,6 @@ def extract(
     """
     batches = eval_batches(
         source,
-        transform="center",
         image_size=image_size,
         resize=default_resize(image_size) if resize is None else resize,
         batch_size=batch_size,

@@ -1,0 +1,179 @@
+"""Batches of images with their labels, for judging an encoder: every sample once, or without end for a classifier.
+
+The same reading, screening, DALI graph and view arithmetic as in pre-training; one view instead of two.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline import views
+from pipeline.graph import Graph
+from pipeline.loader import any_remote, prefetch_shards, shards_ahead, usual_threads
+from pipeline.manifest import Source
+from pipeline.prefetch import Decoding, Item
+from pipeline.read import Reader, Samples, draw_of_ids, make_order
+from pipeline.storage import Storage
+
+MeanStd = tuple[views.Triple, views.Triple]
+CROP_MIN = 0.08  # of the image's area: torchvision's default, and that of the linear protocol
+EVAL_SHARDS_AHEAD = 4  # on their way from a remote source while one is read from end to end
+
+
+class LabelledBatch(NamedTuple):
+    """One view of n images, [n, 3, S, S]; labels int64 [n], -1 where unknown; ids int64 [n]; all on the device."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    sample_ids: torch.Tensor
+
+
+def eval_batches(
+    source: Source,
+    *,
+    image_size: int,
+    resize: int,
+    batch_size: int,
+    mean_std: MeanStd = views.IMAGENET,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_threads: int | None = None,
+    max_bad_fraction: float = 0.01,
+    cache_dir: str | None = None,
+    cache_bytes: int = 50 << 30,
+) -> Iterator[LabelledBatch]:
+    """Every sample once over the ranks, in the order of the ids: short side to `resize`, central crop of `image_size`.
+
+    `batch_size` is this rank's; the last batch may be smaller. Bad samples are left out, and said so; ValueError past
+    `max_bad_fraction`.
+    """
+    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
+    begin, end = source.samples * rank // world_size, source.samples * (rank + 1) // world_size
+    shards = [(m, s) for m, manifest in enumerate(source.manifests) for s in range(len(manifest.shards))]
+    remote = any_remote(source)
+    first = np.cumsum([0] + [len(manifest.shards) for manifest in source.manifests])  # of each manifest, in `shards`
+
+    def with_view(samples: Samples) -> Item:
+        rows = views.center_crops(samples.heights, samples.widths, image_size=image_size, resize=resize)
+        return Item(samples, (rows,), reader.labels(samples.draw))
+
+    def items() -> Iterator[Item]:
+        for low in range(begin, end, batch_size):
+            draw = draw_of_ids(source, np.arange(low, min(low + batch_size, end), dtype=np.int64))
+            if remote:
+                at = first[draw.manifest[0]] + draw.shard[0]
+                prefetch_shards(source, storage, shards[at : at + EVAL_SHARDS_AHEAD])
+            samples = reader.read(draw, replace=False)
+            if len(samples.encoded):
+                yield with_view(samples)
+
+    def rescue(item: Item) -> Item:
+        return with_view(reader.rescue(item.samples, replace=False))
+
+    try:
+        yield from _decoded(
+            items(), rescue, reader, storage, batch_size, image_size, mean_std, device, dtype, num_threads
+        )
+    finally:
+        if reader.bad:
+            print(f"warning: {reader.bad} of {reader.drawn} samples left out, they do not decode", file=sys.stderr)
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    mean_std: MeanStd = views.IMAGENET,
+    seed: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_threads: int | None = None,
+    max_bad_fraction: float = 0.01,
+    cache_dir: str | None = None,
+    cache_bytes: int = 50 << 30,
+) -> Iterator[LabelledBatch]:
+    """This rank's share of batches `start`, `start` + 1, ... of the seed's order, without end.
+
+    Random resized crop (0.08 to 1 of the area) and flip, as the linear protocol has it.
+
+    `batch_size` is global. An epoch has samples // batch_size batches, all full on all ranks; a bad sample is replaced.
+    ValueError when the source holds less than a batch, or too much of it is bad.
+    """
+    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
+    order = make_order(source, batch_size, seed)
+    order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
+    ahead = shards_ahead(source, world_size) if any_remote(source) else 0
+
+    def with_view(samples: Samples) -> Item:
+        draw = samples.draw
+        keys: dict[str, Any] = {"seed": seed, "epochs": draw.epochs, "sample_ids": draw.sample_ids, "view": 0}
+        sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
+        rows = views.sample_crops(**keys, **sizes, crop_min=CROP_MIN)
+        return Item(samples, (rows,), reader.labels(draw))
+
+    def items() -> Iterator[Item]:
+        step = start
+        while True:
+            epoch, within = divmod(step, order.steps_per_epoch)
+            if ahead:
+                prefetch_shards(source, storage, order.upcoming_shards(epoch, within, rank, world_size, ahead))
+            yield with_view(reader.read(order.draw(epoch, within, rank, world_size)))
+            step += 1
+
+    def rescue(item: Item) -> Item:
+        return with_view(reader.rescue(item.samples))
+
+    share = batch_size // world_size
+    yield from _decoded(items(), rescue, reader, storage, share, image_size, mean_std, device, dtype, num_threads)
+
+
+def _decoded(
+    items: Iterator[Item],
+    rescue: Callable[[Item], Item],
+    reader: Reader,
+    storage: Storage,
+    batch_size: int,
+    image_size: int,
+    mean_std: MeanStd,
+    device: str,
+    dtype: torch.dtype,
+    num_threads: int | None,
+) -> Iterator[LabelledBatch]:
+    def make_graph(feed: Any) -> Graph:
+        return Graph(
+            feed,
+            num_views=1,
+            image_size=image_size,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            num_threads=num_threads or usual_threads(),
+            mean=mean_std[0],
+            std=mean_std[1],
+        )
+
+    decoding = Decoding(items, make_graph, rescue)
+    try:
+        while True:
+            try:
+                item, (images,) = decoding.next()
+            except StopIteration:
+                return
+            assert item.labels is not None
+            labels, ids = torch.from_numpy(item.labels), torch.from_numpy(item.samples.draw.sample_ids)
+            yield LabelledBatch(images, labels.to(device), ids.to(device))
+    finally:
+        decoding.close()
+        reader.close()
+        storage.close()
