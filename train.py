@@ -24,7 +24,7 @@ from checkpoint import Writer
 from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo, Stats
 from recipe import Recipe
-from trainer import start
+from trainer import start, trackers
 from trainer.profiling import WARM_UP, Profile
 from trainer.resume import compare_recipes, gather_objects, load_newest, random_state, set_random_state
 from trainer.schedule import key_momentum, learning_rate
@@ -99,7 +99,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         recipes.save(r, out / "recipe.yaml")
         (out / "finished").unlink(missing_ok=True)
     if r.trackers and not r.profile:
-        start_trackers(accelerator, r, step)
+        trackers.start(accelerator, r, step)
     writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
     start.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
 
@@ -220,7 +220,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
                 metrics |= {"save_seconds": save_seconds, "write_seconds": writer.seconds}
                 save_seconds = 0.0
             log.write(metrics)
-            track(accelerator, log, metrics)
+            trackers.track(accelerator, log, metrics)
             stages = loader.timings()
             log.warn(warnings_during(metrics, r.queue_size, r.batch_size, loader.bottleneck(stages), stages))
 
@@ -233,7 +233,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
             accuracy = monitor(net, device, accelerator.autocast())
             found = {"step": step, "epoch": step / per_epoch, "knn": accuracy}
             log.write(found)
-            track(accelerator, log, found)
+            trackers.track(accelerator, log, found)
             log.say(f"step {step}  epoch {step / per_epoch:.2f}  kNN {accuracy:.1%}")
             window.restart()
 
@@ -297,24 +297,6 @@ def stop_if_not_finite(window: Window, accelerator: Accelerator, control: Any, w
     )
 
 
-def start_trackers(accelerator: Accelerator, r: Recipe, step: int) -> None:
-    """TensorBoard goes into RUN/moco; W&B gets the recipe and continues the run of the same folder."""
-    options: dict[str, Any] = {}
-    if step:
-        options["tensorboard"] = {"purge_step": step + 1}
-    if "wandb" in r.trackers:
-        name = Path(r.out).name
-        options["wandb"] = {"name": name, "id": name, "resume": "allow", "dir": r.out, "config": recipes.to_dict(r)}
-    accelerator.init_trackers("moco", init_kwargs=options)
-
-
-def track(accelerator: Accelerator, log: Log, metrics: dict[str, Any]) -> None:
-    try:
-        accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
-    except OSError as error:  # a full disk costs the point, not the run
-        log.warn({"trackers": f"a tracker cannot write: {error}"})
-
-
 def what_to_lower(r: Recipe, ranks: int) -> str:
     """Advice for a GPU that is too small, the least harmful first."""
     options = [] if r.precision in ("bf16", "fp16") else ["precision bf16"]
@@ -337,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = r.precision != "fp32"
     rejoin()
     try:
+        trackers.check(r.trackers)
         accelerator = Accelerator(
             mixed_precision=r.precision if r.precision in ("bf16", "fp16") else "no",
             log_with=list(r.trackers) or None,
@@ -344,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
             # Each rank keeps its own batch-norm statistics; DDP would send rank 0's to all at every forward pass.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-    except ValueError as error:  # a tracker that accelerate does not know
+    except ValueError as error:  # a tracker that is not installed, or that accelerate does not know
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     rank = accelerator.process_index
@@ -371,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
             said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     watchdog.stop()
     if code == 0:
-        accelerator.end_training()
+        trackers.finish(accelerator)
         return
     if said:
         where = f"rank {rank}, step {watchdog.step}, {watchdog.name_of_phase}: " if code == 1 else ""

@@ -1,7 +1,6 @@
 """What has to be there before the first step: options that work here, data, network, dictionary, monitor."""
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,14 +26,11 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, 
 
 
 def check_options(r: Recipe, device: torch.device) -> None:
-    """Raises ValueError for what this machine does not have: a kind of view, a GPU for fp16, a tracker's package."""
+    """Raises ValueError for what this machine does not have: a kind of view or a GPU for fp16."""
     if r.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     if r.views not in views.RECIPES:
         raise ValueError(f"views {r.views!r} is none of {', '.join(views.RECIPES)}")
-    for name in r.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"tracker {name} is not installed: pip install {name}, or leave it out of --trackers")
 
 
 def open_in_turn(r: Recipe, rank: int, control: dist.ProcessGroup | None) -> Source:
