@@ -142,7 +142,7 @@ def map_ahead(pool: Executor, work: Callable[[T], R], jobs: Sequence[T]) -> Iter
 
 def track(results: Iterable[R], total: int, what: str, show: bool) -> Iterator[R]:
     """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
-    if not show:
+    if not show or not total:
         yield from results
         return
     if sys.stderr.isatty():
