@@ -1,9 +1,13 @@
-"""What TensorBoard and W&B show of real runs is what metrics.jsonl says, also over kills and restarts."""
+"""What TensorBoard, W&B and a terminal show of real runs: what metrics.jsonl says, also over kills and restarts."""
 
 import json
 import os
+import pty
+import re
 import signal
 import struct
+import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,3 +127,33 @@ TensorBoardTracker.log = TensorBoardTracker.finish = fail
     assert codes == [0], log_of(out).read_text()
     assert log_of(out).read_text().count("warning: a tracker ") == 2
     assert len(losses(out)) == 3
+
+
+def test_a_terminal_shows_a_bar_of_one_line(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "watched"
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (30, 80))
+    log_of(out).symlink_to(os.ttyname(slave))
+    parts: list[bytes] = []
+
+    def read() -> None:
+        while part := os.read(master, 65536):
+            parts.append(part)
+            if b"<the end>" in part:
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    codes = runs.train(out, shards_dir, max_steps=8, env={"TERM": "xterm", "COLUMNS": ""})
+    os.write(slave, b"<the end>")
+    reader.join()
+    for end in (master, slave):
+        os.close(end)
+    text = b"".join(parts).decode()
+    assert codes == [0], text
+    bars = [line for line in re.split(r"[\r\n]+", text) if "|" in line]
+    assert max(map(len, bars)) <= 80
+    figures = r"loss \d+\.\d{3}  lr 0\.0\d+  \d+ img/s  wait \d+%  \d+:\d\d min left"
+    assert re.match(rf"100%\|.*\| 8/8, {figures}", bars[-1].strip()), bars
+    assert re.search(r"[\r\n]warning: queue_size 40 is 67%", text)
+    assert "step 1/8" not in text

@@ -30,7 +30,7 @@ def test_a_healthy_run_is_not_warned_about() -> None:
         (
             {"data_wait": 0.25},
             "data",
-            "25% of the time is spent waiting for data; the slowest stage is read (read 4.0 s",
+            "25% of the time is spent waiting for data; the slowest stage is read (read 4000 ms",
         ),
     ],
 )
@@ -85,3 +85,17 @@ def test_a_window_averages_over_steps_and_ranks_and_finds_the_first_bad_loss() -
 
 def test_norm_is_that_of_all_as_one_vector() -> None:
     assert norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]).item() == pytest.approx(5.0)
+
+
+def test_the_bar_of_a_long_run_has_room_for_what_matters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
+    log = Log(tmp_path, step=123_456, total=1_250_000, enabled=True)
+    numbers = {"step": 123_457, "epoch": 0.1, "loss": 10.98, "lr": 0.029912, "data_wait": 0.1234}
+    log.write(numbers | {"images_per_second": 12345.6, "seconds_left": 5.5 * 86400})
+    assert log.bar is not None
+    log.bar.dynamic_ncols, log.bar.ncols = None, 80
+    shown = str(log.bar)
+    log.close()
+    assert len(shown) == 80
+    assert "123456/1250000, loss 10.980  lr 0.0299  12346 img/s  wait 12%  5 d 12 h" in shown

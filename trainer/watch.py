@@ -97,8 +97,8 @@ class Window:
 
 
 class Log:
-    """metrics.jsonl, and the progress bar or, where the output is no terminal, a plain line every ten seconds. On
-    rank 0 only.
+    """metrics.jsonl, and the progress bar or, where the output goes elsewhere than to a terminal, a plain line every
+    ten seconds. On rank 0 only.
     """
 
     def __init__(self, run_dir: Path, *, step: int, total: int, enabled: bool) -> None:
@@ -108,8 +108,9 @@ class Log:
         if not enabled:
             return
         drop_lines_after(self.path, step)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.02)
+        if sys.stderr.isatty() and sys.stdout.isatty():  # `| tee log` gets the plain lines
+            shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"  # with the figures, 80 columns
+            self.bar = tqdm(total=total, initial=step, dynamic_ncols=True, bar_format=shape)
 
     def step(self) -> None:
         if self.bar is not None:
@@ -127,16 +128,14 @@ class Log:
             self.warn({"metrics": f"cannot write {self.path}: {error}"})
         if "loss" not in values:
             return
-        step, speed = values["step"], values["images_per_second"]
-        shown = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.4g}  {speed:.0f} img/s  data wait {values['data_wait']:.0%}"
-        )
+        step, wait, left = values["step"], values["data_wait"], _duration(values["seconds_left"])
+        shown = f"loss {values['loss']:.3f}  lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(shown)
+            self.bar.set_postfix_str(f"{shown}  wait {wait:.0%}  {left} left")
         elif time.monotonic() - self.printed > 10 or step == self.total:
             self.printed = time.monotonic()
-            left = _duration(values["seconds_left"])
-            print(f"step {step}/{self.total}  epoch {values['epoch']:.2f}  {shown}  {left} left", flush=True)
+            where = f"step {step}/{self.total}  epoch {values['epoch']:.2f}"
+            print(f"{where}  {shown}  data wait {wait:.0%}  {left} left", flush=True)
 
     def say(self, text: str) -> None:
         if self.enabled:
@@ -217,7 +216,7 @@ def warnings_during(
     if step > 50 and metrics["data_wait"] > 0.10:
         parts = {name: stages[name] for name in ("read", "screen", "views", "graph") if name in stages}
         slowest = bottleneck if bottleneck in parts else max(parts, key=parts.__getitem__)
-        listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
+        listed = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in parts.items())
         found["data"] = (
             f"{metrics['data_wait']:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
             f"({listed}). What helps: more num_threads, smaller stored images (make_shards --short_side), a cache_dir "
