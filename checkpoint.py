@@ -24,7 +24,8 @@ def directory(run_dir: str | Path) -> Path:
 def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, keep_every: int = 0) -> Path:
     """Writes RUN/checkpoints/step_{step:08d}.pt, then removes all but the `keep` newest and those whose step is a
     multiple of `keep_every` (in steps; 0: none). Raises OSError when the file cannot be written; the older
-    checkpoints are then untouched.
+    checkpoints are then untouched. Later steps do not count as newest: they are damaged, or the run would have
+    continued from them.
     """
     folder = directory(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, ke
     finally:
         beside.unlink(missing_ok=True)
     _fsync_folder(folder)
-    steps = list_steps(run_dir)
+    steps = [other for other in list_steps(run_dir) if other <= step]
     for old in steps[:-keep]:
         if not (keep_every and old % keep_every == 0):
             (folder / f"step_{old:08d}.pt").unlink(missing_ok=True)
@@ -49,8 +50,11 @@ def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, ke
 
 
 def list_steps(run_dir: str | Path) -> list[int]:
-    """Steps of the checkpoints in a run folder, ascending."""
-    return sorted(int(p.stem.removeprefix("step_")) for p in directory(run_dir).glob("step_*.pt"))
+    """Steps of the checkpoints in a run folder, ascending. What else lies there, such as somebody's copies, is left
+    alone.
+    """
+    names = (path.stem.removeprefix("step_") for path in directory(run_dir).glob("step_*.pt"))
+    return sorted(int(name) for name in names if name.isdigit() and len(name) >= 8)
 
 
 def path_of(run_dir: str | Path, step: int) -> Path:
@@ -118,6 +122,7 @@ class Writer:
     def __init__(self, run_dir: str | Path, *, keep: int, keep_every: int = 0) -> None:
         self.run_dir, self.keep, self.keep_every = Path(run_dir), keep, keep_every
         self.last_good: Path | None = latest(run_dir)
+        self.problem = ""  # why the last write failed
         self.seconds = 0.0  # of the last write
         self._thread: threading.Thread | None = None
         # What a writer that was killed left behind.
@@ -140,10 +145,11 @@ class Writer:
         begin = time.perf_counter()
         try:
             self.last_good = save(self.run_dir, state, step=step, keep=self.keep, keep_every=self.keep_every)
+            self.problem = ""
         except OSError as error:
-            kept = self.last_good or "none"
+            self.problem = str(error)
             print(
-                f"warning: step {step} not saved ({error}); training goes on, the last checkpoint is {kept}",
+                f"warning: step {step} not saved ({error}); the last checkpoint is {self.last_good or 'none'}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -113,3 +113,24 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
     assert checkpoint.list_steps(tmp_path) == [1]
     checkpoint.Writer(tmp_path, keep=1)
     assert [p.name for p in checkpoint.directory(tmp_path).iterdir()] == ["step_00000001.pt"]
+
+
+def test_a_damaged_later_one_does_not_push_out_the_good_ones(tmp_path: Path) -> None:
+    """keep_checkpoints 1, the newest damaged: the run goes on from an older one, and its next save has to stay."""
+    for step in (1, 9):
+        checkpoint.save(tmp_path, state(step), step=step, keep=2)
+    checkpoint.path_of(tmp_path, 9).write_bytes(b"damaged")
+    checkpoint.save(tmp_path, state(2), step=2, keep=1)
+    assert checkpoint.list_steps(tmp_path) == [2, 9]
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded["step"] == 2
+
+
+def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), step=1, keep=1)
+    for name in ("step_00000001_backup.pt", "step_best.pt", "step_1.pt"):
+        (path.parent / name).write_bytes(path.read_bytes())
+    checkpoint.save(tmp_path, state(2), step=2, keep=1)
+    assert checkpoint.list_steps(tmp_path) == [2]
+    assert len(list(path.parent.iterdir())) == 4
