@@ -41,7 +41,7 @@ def _opened(place: str) -> Iterator[BinaryIO]:
         fs, path = destination.file_system(place)
         with fs.open(path, "rb") as file:
             yield file
-    elif not local_path(place).exists():
+    elif not local_path(place).is_file():
         raise FileNotFoundError(f"no such archive: {place}")
     else:
         with local_path(place).open("rb") as file:
@@ -60,7 +60,8 @@ def _zip(place: str, file: BinaryIO, found: Found) -> Iterator[Entry]:
             found.ignored[extension(member.filename) or "no extension"] += 1
             continue
         packing = -1 if member.flag_bits & 1 else member.compress_type
-        yield Entry(_absolute(place), member.header_offset, member.compress_size, member.filename, packing=packing)
+        name = member.filename.replace("\\", "/")  # as some Windows programs separate folders
+        yield Entry(_absolute(place), member.header_offset, member.compress_size, name, packing=packing)
 
 
 class _Window:
@@ -101,7 +102,10 @@ def _tar(place: str, file: Any, begin: int, above: str, label: str | None, found
     beside: list[tuple[str, int, int]] = []
     end = 0
     for member in _members(tar, place):
-        if not member.isfile() or posixpath.basename(member.name).startswith("."):
+        hidden = posixpath.basename(member.name).startswith(".")
+        if not member.isfile() or hidden:
+            if not member.isdir():  # links in a tar have no data: `tar --dereference --hard-dereference` keeps it
+                found.ignored["hidden" if hidden else "link"] += 1
             continue
         offset = begin + member.offset_data
         end = member.offset_data + member.size

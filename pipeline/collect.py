@@ -11,6 +11,7 @@ Nothing here reads an image; what the files hold is found out by `pipeline.pack`
 import json
 import mmap
 import os
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,15 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import braceexpand
 import numpy as np
 import xxhash
 
-from pipeline.index import IMAGE_EXTENSIONS, write_atomically
-from pipeline.storage import is_remote, local_path
+from pipeline.card import is_pattern
+from pipeline.index import IMAGE_EXTENSIONS, LABEL_EXTENSION, write_atomically
+from pipeline.storage import Storage, is_remote, local_path
 
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
 ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+CONTACT_SHEET = "contact_sheet.png"
 MOST_CLASSES = 1_000_000  # folders at one depth; beyond that they are no classes
 
 
@@ -98,10 +102,9 @@ def collect(src: str, found: Found, exclude: str = "") -> Iterator[Entry]:
     lower = src.lower()
     if lower.endswith(COMPRESSED):
         raise ValueError(f"{src} is compressed, single images in it cannot be reached: unpack it to a .tar first")
-    if "{" in src and not (not is_remote(src) and local_path(src).exists()):
-        import braceexpand
-
-        yield from archives.several(list(braceexpand.braceexpand(src)), found)
+    if is_pattern(src) and (is_remote(src) or not local_path(src).exists()):
+        storage = Storage()
+        yield from archives.several([n for p in braceexpand.braceexpand(src) for n in storage.glob(p)], found)
     elif lower.endswith(LISTS):
         yield from lists.entries(src, found)
     elif lower.endswith(ARCHIVES):
@@ -112,15 +115,28 @@ def collect(src: str, found: Found, exclude: str = "") -> Iterator[Entry]:
         raise FileNotFoundError(f"no such folder or file: {src}")
     elif local_path(src).is_dir():
         folder = local_path(src)
-        tars = sorted(str(p) for p in folder.iterdir() if p.name.lower().endswith(ARCHIVES))
+        tars = sorted(str(folder / name) for name in os.listdir(folder) if _is_archive(name))  # noqa: PTH208
         if tars:
+            _refuse_both(src, tars, _folder(folder, "", Found(), exclude, ()))
             yield from archives.several(tars, found)
-            found.ignored.update({"images beside archives": sum(is_image_name(p.name) for p in folder.iterdir())})
         else:
             yield from _folder(folder, "", found, exclude, ())
     else:
         raise ValueError(
             f"{src} is none of what can be read: a folder, a list ({' '.join(LISTS)}), {' '.join(ARCHIVES)}"
+        )
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith(ARCHIVES) and not name.startswith(".")
+
+
+def _refuse_both(src: str, tars: list[str], images: Iterator[Entry]) -> None:
+    """ValueError when a folder of archives has images too: whichever were read, the others would be lost."""
+    if image := next(images, None):
+        raise ValueError(
+            f"{src} holds archives ({tars[0].rpartition('/')[2]}) and images ({image.name}): name one kind, such as "
+            f"'{src.rstrip('/')}/*{tars[0][-4:]}', or move the archives elsewhere"
         )
 
 
@@ -132,20 +148,33 @@ def _folder(root: Path, below: str, found: Found, exclude: str, above: tuple[tup
     if identity in above or (exclude and str(folder.resolve()) == exclude):
         return
     with os.scandir(folder) as scan:
-        names = sorted((item.name, item.is_dir()) for item in scan)
+        names = sorted((item.name, _is_folder(item)) for item in scan)
+    sheet = CONTACT_SHEET if ("make_shards.json", False) in names else None  # beside shards that we made: no input
     for name, is_folder in names:
         relative = f"{below}/{name}" if below else name
         if is_folder:
             yield from _folder(root, relative, found, exclude, (*above, identity))
-        elif not is_image_name(name):
+        elif not is_image_name(name) or name == sheet:
             found.ignored[extension(name) or "no extension"] += 1
         else:
             full = os.path.join(folder, name)  # noqa: PTH118
-            try:
-                size = os.stat(full).st_size  # noqa: PTH116
-            except FileNotFoundError:
-                size = -1  # a link to nowhere: found, and rejected when it is packed
-            yield Entry(full, -1, size, relative)
+            yield Entry(full, -1, file_size(full), relative)
+
+
+def _is_folder(item: "os.DirEntry[str]") -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def file_size(path: str) -> int:
+    """-1 for what is no file, such as a link to nowhere: it is found, and rejected when it is packed."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 (a million times)
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _remote_folder(src: str, found: Found, exclude: str) -> Iterator[Entry]:
@@ -155,19 +184,25 @@ def _remote_folder(src: str, found: Found, exclude: str) -> Iterator[Entry]:
     fs, root = file_system(src)
     if not fs.exists(root):
         raise FileNotFoundError(f"no such folder: {src}")
-    tars = sorted(p for p in fs.ls(root, detail=False) if str(p).lower().endswith(ARCHIVES))
-    if tars:
-        yield from archives.several([fs.unstrip_protocol(p) for p in tars], found)
-        return
+    tars = sorted(fs.unstrip_protocol(p) for p in fs.ls(root, detail=False) if _is_archive(p.rpartition("/")[2]))
     left_out = file_system(exclude)[1].rstrip("/") if is_remote(exclude) else None
+    if tars:
+        _refuse_both(src, tars, _walk(fs, root, Found(), left_out))
+        yield from archives.several(tars, found)
+    else:
+        yield from _walk(fs, root, found, left_out)
+
+
+def _walk(fs: Any, root: str, found: Found, left_out: str | None) -> Iterator[Entry]:
     for folder, folders, files in fs.walk(root, detail=True):
         for name in sorted(folders):  # walk goes into what is left in the dict, in its order
             details = folders.pop(name)
             if details["name"].rstrip("/") != left_out:
                 folders[name] = details
         below = folder[len(root) :].strip("/")
+        sheet = CONTACT_SHEET if "make_shards.json" in files else None
         for name in sorted(files):
-            if is_image_name(name):
+            if is_image_name(name) and name != sheet:
                 size = files[name].get("size")
                 relative = f"{below}/{name}" if below else name
                 yield Entry(fs.unstrip_protocol(files[name]["name"]), -1, -1 if size is None else size, relative)
@@ -221,7 +256,8 @@ class Listing:
         with (folder / "listing.jsonl").open("wb") as lines, (folder / "listing.bin").open("wb") as table:
             for entry in entries:
                 if not labels:
-                    entry = entry._replace(label=None)
+                    beside = [part for part in entry.beside or () if part[0] != LABEL_EXTENSION]
+                    entry = entry._replace(label=None, beside=beside or None)
                 found.add(entry)
                 where, what = encode(entry.path), encode(entry[1:])
                 digest.update(what.encode())  # not the place: the same images elsewhere are the same input
@@ -237,7 +273,7 @@ class Listing:
             table.write(rows.tobytes())
         depth = found.class_depth() if labels else -1
         named = list(found.labels) or (list(found.folders[depth]) if depth >= 0 else [])
-        numbers = bool(found.labels) and not classes and all(name.isdecimal() for name in named)
+        numbers = bool(found.labels) and not classes and all(name.isdecimal() and len(name) < 10 for name in named)
         if classes and (unknown := sorted(set(named) - set(classes))):
             raise ValueError(f"{len(unknown)} labels are not among the {len(classes)} classes, the first: {unknown[0]}")
         if not classes:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from pipeline import remote
 from pipeline.collect import Entry
 from pipeline.destination import file_system
 from pipeline.storage import is_remote
@@ -49,10 +50,13 @@ def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
         while group := list(itertools.islice(iterator, TOGETHER)):
             parts = [parts_of(entry) for entry in group]
             away = [p for of_entry in parts for p in of_entry if is_remote(p.path)]
-            remote = iter(_remote(away)) if away else iter(())
+            answers = iter(_remote(away)) if away else iter(())
             for entry, of_entry in zip(group, parts):
+                arrived = [next(answers) if is_remote(p.path) else p for p in of_entry]
                 try:
-                    contents = [_checked(next(remote)) if is_remote(p.path) else _local(p, archives) for p in of_entry]
+                    if entry.size < 0 and not is_remote(entry.path) and not os.path.isfile(entry.path):  # noqa: PTH113
+                        raise Rejected("no such file", entry.path)
+                    contents = [_local(a, archives) if isinstance(a, Part) else _checked(a) for a in arrived]
                     if entry.packing is not None:
                         contents[0] = _unzip(contents[0], entry, archives)
                     yield contents
@@ -89,7 +93,11 @@ def _local(part: Part, archives: "OrderedDict[str, int]") -> bytes:
 
 
 def _checked(content: bytes | BaseException) -> bytes:
+    if isinstance(status := getattr(content, "status", None), int) and remote.is_final(content):
+        raise Rejected("refused by its server", f"{status} {getattr(content, 'message', '')}")
     if isinstance(content, BaseException):
+        if not isinstance(content, OSError) and remote.is_final(content):
+            raise ValueError(f"{remote.reason(content)}: check the address and your credentials")
         raise content
     return content
 
@@ -113,12 +121,12 @@ def _remote(parts: list[Part]) -> list[bytes | BaseException]:
                 answers = fs.cat_ranges(paths, begins, ends, on_error="return")
             for i, answer in zip(numbers, answers):
                 contents[i] = answer
-        waiting = [i for i in waiting if isinstance(contents[i], Exception) and not _is_final(contents[i])]
+        waiting = [i for i in waiting if isinstance(contents[i], Exception) and not remote.is_final(contents[i])]
         if not waiting:
             break
         if attempt + 1 == ATTEMPTS:
             i = waiting[0]
-            raise OSError(f"{parts[i].path} could not be read in {ATTEMPTS} attempts: {contents[i]!r}")
+            raise OSError(f"{parts[i].path} could not be read in {ATTEMPTS} attempts: {remote.reason(contents[i])}")
         time.sleep(attempt + 1)
     return contents
 
@@ -128,10 +136,6 @@ def _one(fs: object, path: str) -> bytes | BaseException:
         return bytes(fs.cat_file(path))  # type: ignore[attr-defined]
     except Exception as error:
         return error
-
-
-def _is_final(answer: object) -> bool:
-    return isinstance(answer, FileNotFoundError | PermissionError | IsADirectoryError)
 
 
 def _unzip(blob: bytes, entry: Entry, archives: "OrderedDict[str, int]") -> bytes:

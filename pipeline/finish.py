@@ -160,7 +160,7 @@ def table(counts: dict[str, Any], dest: str, seconds: float) -> str:
     ]
     lines += [f"    {count:>16,}  {reason}" for reason, count in counts["reasons"].items()]
     lines += [f"  duplicates{counts['duplicates']:>14,}" + ("  see duplicates.jsonl" if counts["duplicates"] else "")]
-    if ignored := {kind: count for kind, count in counts["ignored"].items() if count}:
+    if ignored := counts["ignored"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(ignored).most_common(6))
         lines.append(f"not images  {sum(ignored.values()):>14,}  ({kinds})")
     lines.append(f"classes     {counts['classes']:>14,}")

@@ -1,22 +1,22 @@
 """Lists of images (text, CSV, Parquet) and files of labels. Both are read row by row."""
 
+import codecs
 import csv
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline import destination
-from pipeline.collect import Entry, Found, extension, is_image_name
+from pipeline.collect import Entry, Found, extension, file_size, is_image_name
 from pipeline.storage import is_remote, local_path
 
 # Names of columns, in any case; the earliest in the list that is there is taken.
 PATHS = """path file filename file_name filepath file_path image image_path url uri name image_id imageid""".split()  # noqa: SIM905
 LABELS = """label class target cls category synset class_name label_name predictionstring""".split()  # noqa: SIM905
 
+LONGEST_CELL = 1 << 24  # characters; Python's own limit is less than some captions
 Row = dict[str, Any]
 
 
@@ -27,14 +27,18 @@ def entries(place: str, found: Found) -> Iterator[Entry]:
     """
     folder = place.rpartition("/")[0] if is_remote(place) else str(local_path(place).resolve().parent)
     for row, path_column, label_column in rows(place):
-        path = str(row.pop(path_column))
+        path = row.pop(path_column) or ""
+        if not isinstance(path, str):  # Hugging Face's tables hold the images themselves
+            kind = type(path).__name__
+            raise ValueError(f"{place}: `{path_column}` holds {kind}, not paths: write the images to files first")
         label = row.pop(label_column, None) if label_column else None
+        if path.startswith(("~", "file://")):
+            path = str(local_path(path))
         full = path if is_remote(path) or path.startswith("/") else f"{folder}/{path}"
-        try:
-            size = -1 if is_remote(full) else os.stat(full).st_size  # noqa: PTH116 (a million times)
-        except FileNotFoundError:
-            size = -1
+        size = -1 if is_remote(full) else file_size(full)
         columns = {name: value for name, value in row.items() if value is not None} or None
+        if isinstance(label, float) and label.is_integer():  # whole numbers beside missing ones, as pandas writes them
+            label = int(label)
         yield Entry(full, -1, size, path, None if label in (None, "") else str(label), columns)
 
 
@@ -50,8 +54,10 @@ def rows(place: str) -> Iterator[tuple[Row, str, str]]:
                     path, label = _split(line.rstrip("\r\n"))
                     yield {"path": path, "label": label}, "path", "label"
             return
+        csv.field_size_limit(LONGEST_CELL)
         reader = csv.reader(file, delimiter="\t" if place.lower().endswith(".tsv") else ",")
-        first = next(reader, None)
+        lines = _lines(reader, place)
+        first = next(lines, None)
         if first is None:
             return
         if any(is_image_name(cell) for cell in first):  # no header
@@ -60,16 +66,22 @@ def rows(place: str) -> Iterator[tuple[Row, str, str]]:
             header[path_at] = "path"
             if len(first) > 1:
                 header[1 if path_at == 0 else 0] = "label"
-            reader = itertools.chain([first], reader)  # type: ignore[assignment]
+            lines = itertools.chain([first], lines)
         else:
             header = first
         path_column, label_column = _columns(header, place)
-        for number, cells in enumerate(reader, 2):
-            if not cells:
-                continue
+        for cells in lines:
             if len(cells) != len(header):
-                raise ValueError(f"{place}, line {number}: {len(cells)} columns, {len(header)} in the first line")
+                where = f"{place}, line {reader.line_num}"
+                raise ValueError(f"{where}: {len(cells)} columns, {len(header)} in the first line")
             yield dict(zip(header, cells)), path_column, label_column
+
+
+def _lines(reader: Any, place: str) -> Iterator[list[str]]:
+    try:
+        yield from (cells for cells in reader if any(map(str.strip, cells)))
+    except csv.Error as error:
+        raise ValueError(f"{place}, line {reader.line_num}: {error}") from None
 
 
 def _split(line: str) -> tuple[str, str | None]:
@@ -97,19 +109,25 @@ def _parquet(place: str) -> Iterator[tuple[Row, str, str]]:
     except ImportError:
         raise ValueError(f"{place}: reading Parquet takes pyarrow: pip install pyarrow") from None
     source: Any = io.BytesIO(destination.read(place)) if is_remote(place) else local_path(place)
-    with pyarrow.parquet.ParquetFile(source) as file:
-        path_column, label_column = _columns(file.schema_arrow.names, place)
-        for batch in file.iter_batches(8192):
-            for row in batch.to_pylist():
-                yield row, path_column, label_column
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            path_column, label_column = _columns(file.schema_arrow.names, place)
+            for batch in file.iter_batches(8192):
+                for row in batch.to_pylist():
+                    # Not a number: how pandas marks what is missing.
+                    yield {k: None if v != v else v for k, v in row.items()}, path_column, label_column
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{place} is not a whole Parquet file ({error}): fetch or write it again") from None
 
 
 def _opened(place: str) -> TextIO:
-    if is_remote(place):
-        return io.TextIOWrapper(io.BytesIO(destination.read(place)), "utf-8", "surrogateescape", newline="")
-    if not Path(local_path(place)).exists():
+    if not is_remote(place) and not local_path(place).exists():
         raise FileNotFoundError(f"no such list: {place}")
-    return local_path(place).open(encoding="utf-8", errors="surrogateescape", newline="")
+    file: Any = io.BytesIO(destination.read(place)) if is_remote(place) else local_path(place).open("rb")
+    utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Windows' PowerShell writes lists
+    file.seek(0)
+    # -sig: without the mark that Excel begins a file with.
+    return io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig", "surrogateescape", newline="")
 
 
 def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:

@@ -32,6 +32,7 @@ import xxhash
 from jsonargparse import ArgumentParser
 
 from pipeline import destination, lists, workers
+from pipeline.card import is_pattern
 from pipeline.collect import Found, Listing, collect
 from pipeline.finish import finish, table
 from pipeline.pack import HashTask, Item, PackTask, hash_contents, pack
@@ -98,11 +99,12 @@ def make_shards(
             names = lists.class_names(classes) if classes else []
             listing = Listing.write(folder, counted, found, classes=names, labels=labels != "none")
         if not len(listing):
-            others = ", ".join(f"{count} {kind}" for kind, count in found.ignored.most_common(5) if count)
-            raise ValueError(f"no images in {src}: it holds {others or 'nothing'}")
+            others = ", ".join(f"{count} {kind}" for kind, count in found.ignored.most_common(5))
+            remedy = "; archives in folders of it are not opened: name their folder" if found.ignored["tar"] else ""
+            raise ValueError(f"no images in {src}: it holds {others or 'nothing'}{remedy}")
         return listing
 
-    if not is_remote(src) and "{" not in src and not Path(src).exists():
+    if not is_remote(src) and not is_pattern(src) and not Path(src).exists():
         raise FileNotFoundError(f"no such folder or file: {src}")
     if not scheduler:
         workers.warm_up()

@@ -54,7 +54,7 @@ def _split(url: str) -> tuple[Any, str]:
     return filesystem, filesystem._strip_protocol(url)
 
 
-def _is_final(error: BaseException) -> bool:
+def is_final(error: object) -> bool:
     """Whether trying again cannot help."""
     status = getattr(error, "status", None)  # aiohttp's
     if isinstance(status, int):
@@ -74,17 +74,17 @@ def retry(url: str, request: Callable[[], T], stop: threading.Event | None = Non
         except Exception as error:  # each file system has its own kinds
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"no such object: {url}") from None
-            if _is_final(error):
-                raise ValueError(f"{url}: {_reason(error)}; check the address and your credentials") from error
+            if is_final(error):
+                raise ValueError(f"{url}: {reason(error)}; check the address and your credentials") from error
             if attempt == TRIES - 1:
-                raise OSError(f"{url}: given up after {TRIES} tries, the last: {_reason(error)}") from error
+                raise OSError(f"{url}: given up after {TRIES} tries, the last: {reason(error)}") from error
             pause = min(0.2 * 2**attempt, 15) * random.uniform(0.5, 1)
             if (stop or threading.Event()).wait(pause):
                 raise InterruptedError(f"{url}: closed while fetching") from None
     raise AssertionError
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: object) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 

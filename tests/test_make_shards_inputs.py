@@ -5,6 +5,7 @@ import json
 import multiprocessing.forkserver
 import os
 import random
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -77,11 +78,13 @@ def test_folder_with_links_and_odd_names(image_folder: Path, tmp_path: Path) -> 
     (root / "b/file.jpg").symlink_to(images[6])
     (root / "b/loop").symlink_to(root)  # into itself
     (root / "b/nowhere.jpg").symlink_to(root / "gone.jpg")
+    (root / "b/circle.jpg").symlink_to("circle.jpg")
+    os.mkfifo(root / "b/pipe.jpg")  # opening it would wait for ever
     (root / "b/._plain.jpg").write_bytes(b"\0\5\26\7 what macOS leaves")
     (root / "b/.DS_Store").write_bytes(b"x")
     summary = make(root, tmp_path / "d")
-    assert summary["found"] == 9 and summary["packed"] == 7
-    assert summary["reasons"] == {"no such file": 1, "not an image": 1}
+    assert summary["found"] == 11 and summary["packed"] == 7
+    assert summary["reasons"] == {"no such file": 3, "not an image": 1}
     expected = Counter((image.read_bytes(), "a" if i < 3 else "b") for i, image in enumerate(images[:7]))
     assert labelled(tmp_path / "d") == expected
 
@@ -164,6 +167,49 @@ def test_lists(kind: str, image_folder: Path, tmp_path: Path) -> None:
             assert columns == {"column_2": row["caption"], "column_3": str(row["year"])}
         else:
             assert "json" not in sample
+
+
+def test_lists_as_people_have_them(image_folder: Path, tmp_path: Path) -> None:
+    """Excel's mark and line ends, PowerShell's UTF-16, a long caption, empty lines, file://, names that cannot be."""
+    a, b = sorted(image_folder.rglob("*.jpg"))[:2]
+    place = tmp_path / "list.csv"
+    place.write_text(f"path,label,caption\n\n{a},x,{'long ' * 40_000}\nfile://{b},y,z\n , ,\n", encoding="utf-8-sig")
+    assert make(place, tmp_path / "excel")["packed"] == 2
+    assert labelled(tmp_path / "excel") == Counter({(a.read_bytes(), "x"): 1, (b.read_bytes(), "y"): 1})
+    (tmp_path / "list.txt").write_text(f"{a}\r\n{b}\r\n", encoding="utf-16")
+    assert make(tmp_path / "list.txt", tmp_path / "powershell")["packed"] == 2
+    names = [str(a), "", str(image_folder), f"{a}/x.jpg", f"/{'x' * 5000}.jpg", "zero\0byte.jpg"]
+    place.write_text("path,label\n" + "".join(f"{name},20000000000\n" for name in names))
+    summary = make(place, tmp_path / "names")
+    assert (summary["packed"], summary["reasons"]) == (1, {"no such file": 5})
+    assert labelled(tmp_path / "names") == Counter({(a.read_bytes(), "20000000000"): 1})  # too large: a name
+    place.write_text(f"path,label\n{a},x\n{b},y,z\n")
+    with pytest.raises(ValueError, match=r"list.csv, line 3: 3 columns, 2 in the first line"):
+        make(place, tmp_path / "x")
+    place.write_text(f"path,label\n{a},{'x' * (1 << 25)}\n")
+    with pytest.raises(ValueError, match=r"list.csv, line 2: field larger than"):
+        make(place, tmp_path / "x")
+
+
+def test_parquet_as_people_have_it(image_folder: Path, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    place = tmp_path / "list.parquet"
+    images = sorted(image_folder.rglob("*.jpg"))[:3]
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), place)
+
+    missing = float("nan")  # what pandas makes of no label, beside which whole numbers become floats
+    write([{"path": str(p), "label": n, "score": n} for p, n in zip(images, (0.0, 1.0, missing))])
+    make(place, tmp_path / "d")
+    assert labelled(tmp_path / "d") == Counter((p.read_bytes(), n) for p, n in zip(images, ("0", "1", "-1")))
+    assert sorted(s.get("json", b"") for s in read_shards(tmp_path / "d").values())[0] == b""
+    write([{"image": {"bytes": p.read_bytes(), "path": p.name}} for p in images])
+    with pytest.raises(ValueError, match=r"`image` holds dict, not paths"):
+        make(place, tmp_path / "x")
+    place.write_bytes(b"PAR1 cut short")
+    with pytest.raises(ValueError, match=r"list.parquet is not a whole Parquet file"):
+        make(place, tmp_path / "x")
 
 
 @pytest.fixture
@@ -271,8 +317,40 @@ def test_resharding_keeps_every_member(tmp_path: Path, shards_dir: Path, image_f
         assert {k: v for k, v in sample.items() if k in samples[original]} == samples[original]
         assert sample["seg.png"] == b"not looked at"
         assert key.partition("-")[2] == original.partition("-")[2]
-    braces = make(f"{old}/{{00000..00001}}.tar", tmp_path / "braces")
-    assert braces["packed"] == 60
+    for pattern in ("{00000..00001}.tar", "*.tar"):
+        assert make(f"{old}/{pattern}", tmp_path / pattern[0])["packed"] == 60
+    assert make(old, tmp_path / "none", labels="none")["classes"] == 0
+    samples = read_shards(tmp_path / "none")
+    assert all("txt" in sample and "cls" not in sample for sample in samples.values())
+
+
+def test_archives_and_images_in_one_folder(image_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
+    """Whichever were read, the others would be lost."""
+    root = shutil.copytree(image_folder, tmp_path / "photos")
+    with zipfile.ZipFile(root / "old.zip", "w") as archive:
+        archive.write(next(image_folder.rglob("*.jpg")), "a.jpg")
+    with pytest.raises(ValueError, match=r"holds archives \(old.zip\) and images \(class_0/image_000.jpg\)"):
+        make(root, tmp_path / "d")
+    assert make(f"{root}/*.zip", tmp_path / "d")["packed"] == 1
+    # The contact sheet of shards is no image of theirs, nor of the folder that they lie in.
+    assert make(shards_dir, tmp_path / "again")["packed"] == 60
+    (root / "old.zip").unlink()
+    shutil.copytree(shards_dir, root / "shards")
+    assert make(root, tmp_path / "photos only")["found"] == 60
+    with pytest.raises(ValueError, match=r"holds 4 idx, 4 tar.*: name their folder"):
+        make(shards_dir.parent, tmp_path / "x")
+
+
+def test_what_a_tar_has_beside_images_is_counted(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.jpg").write_bytes(next(image_folder.rglob("*.jpg")).read_bytes())
+    (tmp_path / "src/hard.jpg").hardlink_to(tmp_path / "src/a.jpg")
+    (tmp_path / "src/soft.jpg").symlink_to("a.jpg")
+    (tmp_path / "src/._a.jpg").write_bytes(b"what macOS's tar adds")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "src", ".")
+    summary = make(tmp_path / "a.tar", tmp_path / "d")
+    assert (summary["found"], summary["ignored"]) == (1, {"link": 2, "hidden": 1})
 
 
 def test_damaged_archives_are_errors(image_folder: Path, tmp_path: Path) -> None:
@@ -302,9 +380,13 @@ def test_zip(image_folder: Path, tmp_path: Path) -> None:
             archive.write(path, f"data/{path.relative_to(image_folder)}", how)
         archive.writestr("data/class_1/lzma.jpg", b"x" * 100, zipfile.ZIP_LZMA)
         archive.writestr("__MACOSX/data/class_1/._x.jpg", b"resource fork")
+        windows = zipfile.ZipInfo("data/class_2/windows.jpg")
+        windows.filename = windows.orig_filename = "data\\class_2\\windows.jpg"
+        archive.writestr(windows, (image_folder / "class_2/image_000.jpg").read_bytes())
     summary = make(tmp_path / "a.zip", tmp_path / "d")
     assert summary["reasons"] == {"zip member not readable": 1}
-    assert labelled(tmp_path / "d") == by_folder(image_folder)
+    again = Counter({((image_folder / "class_2/image_000.jpg").read_bytes(), "class_2"): 1})
+    assert labelled(tmp_path / "d") == by_folder(image_folder) + again
 
 
 @pytest.fixture
