@@ -91,12 +91,15 @@ class Recipe:
             )
         if not self.out:
             raise ValueError("--out is missing: the folder that this run is kept in, for example runs/photos")
-        if self.epochs <= 0 and (self.max_steps <= 0 or self.schedule in ("step", "cosine")):
-            raise ValueError("epochs 0 needs max_steps, and a schedule that is not step or cosine")
         positive = "batch_size accumulate dim queue_size temperature bn_groups image_size lr decay_steps width"
         for name in (*positive.split(), "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name, value in to_dict(self).items():
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{name} is {value}; it cannot be negative")
+        if self.epochs == 0 and (self.max_steps == 0 or self.schedule in ("step", "cosine")):
+            raise ValueError("epochs 0 needs max_steps, and a schedule that is not step or cosine")
         if not 0 <= self.moco_momentum <= 1:
             raise ValueError(f"moco_momentum is {self.moco_momentum}; it must be between 0 and 1")
         if not 0 < self.crop_min <= 1:
@@ -139,6 +142,7 @@ CHANGEABLE = frozenset(
         "epochs",
         "max_steps",
         "accumulate",
+        "precision",
         "compile",
         "num_threads",
         "log_every",
