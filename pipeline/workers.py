@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pipeline import pack
 
 AHEAD = 2  # tasks that wait beyond those in work: enough to keep all workers busy, few enough to keep memory small
+LINE_EVERY = 10  # seconds, in a log file
 
 
 def warm_up() -> None:
@@ -125,7 +126,8 @@ def bar(what: str, things: Iterable[Any] | None = None, total: int | None = None
         unit=" images",
         dynamic_ncols=watched,
         ncols=None if watched else 100,
-        mininterval=0.5 if watched else 10,
+        mininterval=0.5 if watched else LINE_EVERY,
+        delay=0 if watched else LINE_EVERY,  # nothing at all of what is done before
         ascii=not watched,
         file=None if watched else _Lines(),
     )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import webdataset
 from PIL import Image, ImageCms
 
 from pipeline import make_shards as entry_point
-from pipeline import plan, verify
+from pipeline import plan, verify, workers
+from pipeline.collect import collect
 from pipeline.make_shards import make_shards
 from pipeline.manifest import load_manifest
 from pipeline.verify import Options, Rejected, prepare
@@ -340,6 +342,28 @@ def test_as_a_file_from_elsewhere(image_folder: Path, shards_dir: Path, tmp_path
     assert "packed                60" in result.stdout and "\r" not in result.stderr
 
 
+def test_progress_in_a_log_file(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line now and then, with a total and without; nothing at all of what takes less than that."""
+    make(image_folder, tmp_path / "quick")
+    assert capsys.readouterr().err == ""
+
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        for entry in collect(*arguments, **more):
+            time.sleep(0.005)
+            yield entry
+
+    monkeypatch.setattr(entry_point, "collect", slowly)
+    monkeypatch.setattr(workers, "LINE_EVERY", 0.1)
+    make(image_folder, tmp_path / "slow", samples_per_shard=5)
+    lines = capsys.readouterr().err.splitlines()
+    listing = [line for line in lines if re.fullmatch(r"listing: \d+ images \[00:\d\d, .*images.*\]", line)]
+    assert len(listing) >= 2 and listing[-1].startswith("listing: 60 images")
+    packing = [line for line in lines if re.match(r"packing: .* \d+/60 \[.*images.* MB/s\]", line)]
+    assert packing and len(listing) + len(packing) == len(lines)
+
+
 @pytest.mark.parametrize(
     ("source", "flags", "message"),
     [
@@ -366,6 +390,6 @@ def test_errors_are_one_line_and_exit_code_2(
     (tmp_path / "empty/notes.md").write_text("no image")
     monkeypatch.setattr(sys, "argv", ["make_shards", str(tmp_path / source), str(tmp_path / "d"), *flags])
     assert entry_point.main() == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("listing")]
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and re.match(f"error: .*{message}", lines[0]), lines
     assert not list((tmp_path / "d").glob("*")) or source == "folder"
