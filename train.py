@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor, nn
 
 import recipe as recipes
@@ -33,7 +34,7 @@ from trainer.watchdog import CommonError, Stop, Watchdog, agree, control_group, 
 from transfer import curves
 
 
-def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog) -> None:
+def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog, stop: Stop) -> None:
     rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     out = Path(r.out)
     phase: Callable[[str], None] = watchdog.phase
@@ -44,19 +45,22 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         r.validate()
         r.images_per_rank(ranks)
         start.check_options(r, device)
+        held = start.hold(out) if rank == 0 else None  # until the process ends
         notes += compare_recipes(out, r)
-        source = start.open_in_turn(r, rank, control)
+        phase("index")
+        source = start.open_in_turn(r.data, r, rank, control)
+        phase("start")
         loader = start.open_loader(r, source, rank, ranks, device)
         per_epoch = loader.steps_per_epoch
         planned = r.epochs * per_epoch or r.max_steps  # what the schedules are stretched over
         total = min(planned, r.max_steps or planned)
         net = start.build_net(r, ranks)
         dictionary = start.build_dictionary(r, net, ranks, source.samples, device)
-        monitor = start.open_monitor(r, source, rank, ranks) if r.knn_every else None
+        monitor = start.open_monitor(r, source, rank, ranks, control) if r.knn_every else None
         facts = {"data fingerprint": source.fingerprint, "steps": total, "torch": torch.__version__}
         own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
         facts |= {name: value for name, value in recipes.to_dict(r).items() if name not in own}
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         problem = str(error)
     agree(facts, problem, control)
 
@@ -79,9 +83,12 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         net.load_state_dict(state["encoder"])
         dictionary.load_state_dict(state["moco"])
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and state["scaler"]:  # none when it was another precision
             accelerator.scaler.load_state_dict(state["scaler"])
-        loader.load_state_dict(state["loader"])
+        try:
+            loader.load_state_dict(state["loader"])
+        except ValueError as error:
+            raise CommonError(str(error)) from None
         window.settled = state["metrics"]["rows"]
         if rank < len(state["rng"]):
             set_random_state(state["rng"][rank], device)
@@ -93,11 +100,14 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
     log = Log(out, step=step, total=total, enabled=rank == 0 and not r.profile)
     profile = None
     if r.profile:
-        profile = Profile(out, r.profile, device)
-        total, phase = step + WARM_UP + 2 * r.profile, profile.beside(watchdog.phase)
+        total = step + WARM_UP + 2 * r.profile
+        if rank == 0:
+            profile = Profile(out, r.profile, device, loader.timings)
+            phase = profile.beside(watchdog.phase)
     elif rank == 0:
         recipes.save(r, out / "recipe.yaml")
-        (out / "finished").unlink(missing_ok=True)
+        if step < total:
+            (out / "finished").unlink(missing_ok=True)
     if r.trackers and not r.profile:
         trackers.start(accelerator, r, step)
     writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
@@ -130,7 +140,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
         return time.perf_counter() - began
 
     # --- train --------------------------------------------------------------------------------------------------------
-    stop = Stop(control)
+    stop.begin(control)
     saved, save_seconds, skipped = step, 0.0, 0
     while step < total and not stop.asked():
         watchdog.next_step(step)
@@ -238,18 +248,21 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog)
             window.restart()
 
     if profile is not None:
-        if rank == 0:
-            print(profile.table(loader.timings(), r.batch_size))
-    elif saved < step:
+        print(profile.table(r.batch_size))
+    elif saved < step and not r.profile:
         save()
     phase("save")
     writer.join()
     log.close()
     loader.close()
     if rank == 0 and (out / "metrics.jsonl").is_file():
-        with contextlib.suppress(OSError):  # a full disk
+        try:
             log.say(f"curves: {curves.draw(out)}")
-    if rank == 0 and step == total and not r.profile:
+        except Exception as error:  # a full disk, nothing to draw yet: no reason for a run to fail at its end
+            log.say(f"no curves: {error}")
+    if writer.problem:
+        raise OSError(f"the last steps are not saved ({writer.problem}); the same command repeats them")
+    if rank == 0 and step >= total and not r.profile:
         (out / "finished").write_text(f"{step}\n")  # for job scripts: stopped is not finished, and both end with 0
     if step < total:
         who = stop.name or "another rank was told to stop"
@@ -293,7 +306,7 @@ def stop_if_not_finite(window: Window, accelerator: Accelerator, control: Any, w
     shown = ", ".join(map(str, ids[:32])) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
     raise FloatingPointError(
         f"the loss is {loss} at step {step} on rank {rank} (sample ids {shown}); last good checkpoint: {good}. "
-        "Usual remedies: a lower lr or a warm-up, bf16 or fp32 instead of fp16, a look at these samples"
+        "Usual remedies: bf16 or fp32 instead of fp16, a look at these samples, a new run with a lower lr or a warm-up"
     )
 
 
@@ -314,20 +327,25 @@ def what_to_lower(r: Recipe, ranks: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Ends the process with 2 when the user has to change something, with 1 when the run failed."""
     r = recipes.parse(arguments)
+    stop = Stop()
     die_with_launcher()
     torch.set_float32_matmul_precision("high" if r.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = r.precision != "fp32"
     rejoin()
     try:
         trackers.check(r.trackers)
+        start.check_launcher()
         accelerator = Accelerator(
             mixed_precision=r.precision if r.precision in ("bf16", "fp16") else "no",
             log_with=list(r.trackers) or None,
             project_dir=r.out,
+            # The recipe alone decides, whatever `accelerate config` was told: its accumulation would divide the loss.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
             # Each rank keeps its own batch-norm statistics; DDP would send rank 0's to all at every forward pass.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-    except ValueError as error:  # a tracker that is not installed, or that accelerate does not know
+    except ValueError as error:  # a tracker or a way to train that is not there
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     rank = accelerator.process_index
@@ -336,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
         watchdog.start()
     code, said = 1, ""
     try:
-        train(r, accelerator, control_group(), watchdog)
+        train(r, accelerator, control_group(), watchdog, stop)
         code = 0
     except CommonError as error:
         code, said = 2, str(error) if rank == 0 else ""
@@ -346,12 +364,14 @@ def main(arguments: list[str] | None = None) -> None:
         code, said = 2, str(error)
     except torch.OutOfMemoryError as error:
         said = f"{str(error).splitlines()[0]} {what_to_lower(r, accelerator.num_processes)}"
-    except RuntimeError as error:
+    except OSError as error:  # the disk of the run folder
+        said = str(error)
+    except Exception as error:
         # When a rank is gone the others' collectives fail: say which one, not that a socket was closed.
         said = watchdog.lost()
         if not said:
             traceback.print_exc()
-            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            said = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
     watchdog.stop()
     if code == 0:
         trackers.finish(accelerator)

@@ -1,10 +1,15 @@
-"""Where the time of a step goes: `train.py --profile N`.
+"""Where the time of a step goes: `train.py --profile N`, on rank 0.
 
 1. Five steps pass unmeasured: compilers, autotuners and buffers.
 2. N steps are traced by torch.profiler as they run: RUN/trace.json, for chrome://tracing or https://ui.perfetto.dev.
 3. N steps are timed with the device synchronised at the end of each phase, so that a phase is charged what it started.
+
+The phases follow each other, so they add up to the step. "data" is the wait for the batch; waiting for other ranks is
+part of the phases that exchange something: key encoder (the end of the shuffle), backward, queue. What runs beside the
+step is said apart: the loader's threads, and the copies to the GPU, which DALI makes ahead on a stream of its own.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +21,12 @@ WARM_UP = 5
 
 
 class Profile:
-    """Hears of every phase; a step begins with "data"."""
+    """Hears of every phase; a step begins with "data". timings: the loader's seconds since it was last asked."""
 
-    def __init__(self, run_dir: Path, steps: int, device: torch.device) -> None:
-        self.path, self.steps, self.device = run_dir / "trace.json", steps, device
+    def __init__(
+        self, run_dir: Path, steps: int, device: torch.device, timings: Callable[[], dict[str, float]]
+    ) -> None:
+        self.path, self.steps, self.device, self.timings = run_dir / "trace.json", steps, device, timings
         self.seconds: dict[str, float] = {}
         self.step = -1
         self.name, self.began = "", 0.0
@@ -30,8 +37,10 @@ class Profile:
         """A function that tells both what the loop goes on to."""
 
         def phase(name: str) -> None:
-            other(name)
+            if name == "data" and self.step + 1 == WARM_UP + self.steps:
+                other("save")  # writing the trace may take longer than any step
             self.phase(name)
+            other(name)
 
         return phase
 
@@ -40,20 +49,21 @@ class Profile:
         if self.range is not None:
             self.range.__exit__(None, None, None)
             self.range = None
-        timed = self.step >= WARM_UP + self.steps
-        if timed:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            now = time.perf_counter()
-            if self.began:
-                self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.began
-            self.began = now
-        self.name = name
+        if self.step >= WARM_UP + self.steps:
+            self.seconds[self.name] = self.seconds.get(self.name, 0.0) + self._now() - self.began
         if name == "data":
             self._next_step()
+        self.name = name
         if self.trace is not None:
             self.range = torch.profiler.record_function(name)
             self.range.__enter__()
+        if self.step >= WARM_UP + self.steps:
+            self.began = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _next_step(self) -> None:
         self.step += 1
@@ -67,10 +77,12 @@ class Profile:
             self.trace.__exit__(None, None, None)
             self.trace.export_chrome_trace(str(self.path))
             self.trace = None
+            self.timings()  # those of the steps so far
 
-    def table(self, stages: dict[str, float], images_per_step: int) -> str:
-        """Milliseconds a step of each phase, and of the loader's threads beside them since it was last asked."""
+    def table(self, images_per_step: int) -> str:
+        """Milliseconds a step of each phase, and beside them of the copies to the GPU and of the loader's threads."""
         self.phase("end")
+        stages = self.timings()
         total = sum(self.seconds.values())
         lines = [
             f"{self.steps} steps, each phase followed by a synchronisation; trace of {self.steps} more: {self.path}"
@@ -81,6 +93,23 @@ class Profile:
         lines.append(
             f"  {'all':<16}{1000 * total / self.steps:10.2f} ms a step  = {speed:.0f} images/s without overlap"
         )
-        beside = ", ".join(f"{name} {1000 * seconds / (self.step + 1):.1f}" for name, seconds in stages.items())
-        lines.append(f"  the loader's own stages, beside the above, ms a step: {beside}")
+        if self.device.type == "cuda":
+            seconds, size = copied_to_device(self.path)
+            lines.append(
+                f"  beside them, from the trace: host to device {1000 * seconds / self.steps:.2f} ms and "
+                f"{size / self.steps / 1e6:.1f} MB a step"
+            )
+        else:
+            lines.append("  host to device: nothing, the run is on a CPU")
+        beside = ", ".join(
+            f"{name} {1000 * seconds / self.steps:.1f}" for name, seconds in stages.items() if name != "elapsed"
+        )
+        lines.append(f"  beside them, the loader's own stages, ms a step: {beside}")
         return "\n".join(lines)
+
+
+def copied_to_device(trace: Path) -> tuple[float, float]:
+    """Seconds and bytes of the host-to-device copies in a trace, on whichever stream: torch's and DALI's."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    copies = [event for event in events if event.get("ph") == "X" and event["name"].startswith("Memcpy HtoD")]
+    return sum(event["dur"] for event in copies) / 1e6, float(sum(event["args"].get("bytes", 0) for event in copies))
