@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.plugin.numba import NumbaFunction
 
 from pipeline import views
 from pipeline.views import IMAGENET, Triple
@@ -23,21 +22,23 @@ from pipeline.views import IMAGENET, Triple
 Feed = Callable[[], tuple[Any, ...]]
 
 
-class _Compiled(NumbaFunction):
-    """DALI's numba operator, given the addresses of functions that are compiled already."""
-
-    def _get_run_fn_cpu(self, run_fn: int, *_: Any) -> int:
-        return run_fn
-
-    def _get_setup_fn_cpu(self, setup_fn: int) -> int:
-        return setup_fn
-
-
 def render(image_size: int, mean: Triple, std: Triple) -> Callable[[Any, Any], Any]:
     """The operator (images, rows) -> finished views float32 [S, S, 3] on the CPU."""
+    # Imported here: a GPU needs none of it, and numba.cuda, which the plugin imports, is trouble on some machines.
+    from nvidia.dali.plugin.numba import NumbaFunction
+
     from pipeline.kernels_cpu import render_sample, shape_setter  # compiled here: about 10 s, once on a machine
 
-    operator = _Compiled(
+    class Compiled(NumbaFunction):
+        """DALI's numba operator, given the addresses of functions that are compiled already."""
+
+        def _get_run_fn_cpu(self, run_fn: int, *_: Any) -> int:
+            return run_fn
+
+        def _get_setup_fn_cpu(self, setup_fn: int) -> int:
+            return setup_fn
+
+    operator = Compiled(
         run_fn=render_sample.address,
         setup_fn=shape_setter(image_size).address,
         in_types=[types.UINT8, types.FLOAT, types.FLOAT],
