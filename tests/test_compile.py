@@ -1,0 +1,43 @@
+"""--compile true. The graphs are captured and run, forward and backward, by AOT autograd without Inductor, whose C++
+takes a minute to build on a CPU; tests/test_train_gpu.py has Inductor.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import Runs, log_of, losses
+
+import checkpoint
+
+WITHOUT_INDUCTOR = """
+import torch
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: compile(self, backend="aot_eager", fullgraph=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    server = Runs()
+    yield server
+    server.close()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_and_goes_on_uncompiled(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+
+    def train(out: Path, **options: Any) -> None:  # two ranks with two batch-norm groups each
+        assert runs.train(out, shards_dir, ranks=2, bn_groups=4, **options) == [0, 0], log_of(out).read_text()
+
+    train(plain, max_steps=4)
+    train(compiled, max_steps=2, compile=True, patch=WITHOUT_INDUCTOR)
+    state = checkpoint.load(checkpoint.path_of(compiled, 2))
+    train(compiled, max_steps=4)
+    assert "note: compile changes from True to False" in log_of(compiled).read_text()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    expected = checkpoint.load(checkpoint.path_of(plain, 4))
+    for part in ("encoder", "moco"):
+        assert state[part].keys() == expected[part].keys()
