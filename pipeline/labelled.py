@@ -20,6 +20,7 @@ from pipeline.storage import Storage
 
 MeanStd = tuple[views.Triple, views.Triple]
 CROP_MIN = 0.08  # of the image's area: torchvision's default, and that of the linear protocol
+LABELS_TOGETHER = 4096
 EVAL_SHARDS_AHEAD = 4  # on their way from a remote source while one is read from end to end
 
 
@@ -136,6 +137,26 @@ def train_batches(
 
     share = batch_size // world_size
     yield from _decoded(items(), rescue, reader, storage, share, image_size, mean_std, device, dtype, num_threads)
+
+
+def read_labels(
+    source: Source,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    cache_dir: str | None = None,
+    cache_bytes: int = 50 << 30,
+) -> Iterator[np.ndarray]:
+    """This rank's part of the labels, in the order of the ids, some thousands at a time: int64, -1 for none."""
+    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    reader = Reader(source, storage, num_threads=1)
+    begin, end = source.samples * rank // world_size, source.samples * (rank + 1) // world_size
+    try:
+        for low in range(begin, end, LABELS_TOGETHER):
+            yield reader.labels(draw_of_ids(source, np.arange(low, min(low + LABELS_TOGETHER, end), dtype=np.int64)))
+    finally:
+        reader.close()
+        storage.close()
 
 
 def _decoded(

@@ -75,6 +75,28 @@ def shards_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return destination
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 7 steps that never happened: recipe and checkpoint, the weights differing from the initial ones."""
+    import torch
+
+    import checkpoint
+    import recipe as recipes
+    from transfer.load import load_encoder
+
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    folder.mkdir()
+    small = recipes.Recipe(data="unused", out="unused", arch="resnet18", dim=16, views="v1", image_size=32, seed=3)
+    recipes.save(small, folder / "recipe.yaml")
+    encoder = load_encoder(folder, untrained=True).encoder
+    with torch.no_grad():
+        for name, tensor in encoder.state_dict().items():
+            if name.endswith("bn1.weight"):
+                tensor.mul_(1.5)
+    checkpoint.save(folder, {"encoder": encoder.state_dict(), "step": 7}, step=7, keep=1)
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

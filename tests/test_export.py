@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ import checkpoint
 import recipe as recipes
 from model.interchange import read_moco
 from model.moco import MoCo
+from pipeline.labelled import eval_batches
+from pipeline.manifest import open_source
 from transfer.export import export
+from transfer.linear import linear
 from transfer.load import load_encoder
+from transfer.ranks import Ranks
 
 SMALL = recipes.Recipe(arch="resnet18", dim=8, mlp=True, queue_size=24, batch_size=12, bn_groups=2, image_size=32)
 
@@ -48,6 +53,34 @@ def test_torchvision_loads_it_and_computes_the_same(run_folder: Path, tmp_path: 
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(theirs(images), load_encoder(run_folder).encoder.backbone(images))
+
+
+def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
+    loaded, source = load_encoder(run_folder), open_source(str(shards_dir))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    folder = tmp_path / "linear"
+    settings: dict[str, Any] = {"epochs": 3, "batch_size": 30, "num_threads": 1, "ranks": alone}
+    rows = linear(loaded, source, source, folder, lrs=[1e-9, 0.002], **settings)
+    path = export(str(run_folder), tmp_path / "classifier.pth", "torchvision", folder)
+    theirs = torchvision.models.resnet18(num_classes=3).eval()
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    right = total = 0
+    with torch.no_grad():
+        for batch in eval_batches(source, image_size=32, resize=32, batch_size=30, mean_std=loaded.mean_std):
+            right += int((theirs(batch.images).argmax(dim=1) == batch.labels).sum())
+            total += len(batch.labels)
+    assert right / total == max(row["top1"] for row in rows) > min(row["top1"] for row in rows)
+    with pytest.raises(ValueError, match="torchvision format alone"):
+        export(str(run_folder), tmp_path / "x", "moco", folder)
+    with pytest.raises(FileNotFoundError, match="no classifier in"):
+        export(str(run_folder), tmp_path / "x", "torchvision", tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    recipes.save(SMALL, other / "recipe.yaml")
+    state = load_encoder(other, untrained=True).encoder.state_dict()
+    checkpoint.save(other, {"encoder": state, "step": 0}, step=0, keep=1)
+    with pytest.raises(ValueError, match="other weights"):
+        export(str(other), tmp_path / "x", "torchvision", folder)
 
 
 def test_the_reference_layout_comes_back_whole(run_folder: Path, tmp_path: Path) -> None:

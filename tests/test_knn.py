@@ -14,28 +14,9 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, cpu_environment
 
-import checkpoint
-import recipe as recipes
 from pipeline.manifest import open_source
 from transfer import knn
 from transfer.load import default_resize, load_encoder
-
-SMALL = recipes.Recipe(data="unused", out="unused", arch="resnet18", dim=16, views="v1", image_size=32, seed=3)
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 7 steps that never happened: recipe and checkpoint, the weights differing from the initial ones."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    folder.mkdir()
-    recipes.save(SMALL, folder / "recipe.yaml")
-    encoder = load_encoder(folder, untrained=True).encoder
-    with torch.no_grad():
-        for name, tensor in encoder.state_dict().items():
-            if name.endswith("bn1.weight"):
-                tensor.mul_(1.5)
-    checkpoint.save(folder, {"encoder": encoder.state_dict(), "step": 7}, step=7, keep=1)
-    return folder
 
 
 def brute_force(

@@ -79,7 +79,7 @@ def extract(
     labels = torch.empty(capacity, dtype=torch.int64)
     sample_ids = torch.empty(capacity, dtype=torch.int64)
     n = 0
-    with torch.no_grad(), _progress(progress if rank == 0 else "", capacity) as advance:
+    with torch.no_grad(), counting(progress if rank == 0 else "", capacity) as advance:
         for batch in batches:
             y = F.normalize(embed(batch.images).float(), dim=1)[: capacity - n]  # [b, D]
             if features is None:
@@ -96,7 +96,7 @@ def extract(
 
 
 @contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
+def counting(label: str, total: int) -> Iterator[Callable[[int], object]]:
     """A bar on a terminal, a line every ten seconds elsewhere, nothing without a label."""
     if not label or sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit="img", disable=not label) as bar:
@@ -191,6 +191,15 @@ def _all_gather(x: Tensor, device: str | torch.device, group: dist.ProcessGroup)
     return [part[:n].cpu() for part, n in zip(parts, lengths)]
 
 
+def check_classes(train: Source, val: Source) -> None:
+    """Raises ValueError when the two name their classes differently."""
+    if train.classes and val.classes and tuple(train.classes) != tuple(val.classes):
+        raise ValueError(
+            f"the two sources do not have the same classes: {len(train.classes)} ({', '.join(train.classes[:3])}, ...) "
+            f"and {len(val.classes)} ({', '.join(val.classes[:3])}, ...); make both from folders of the same names"
+        )
+
+
 def evaluate(
     embed: Callable[[Tensor], Tensor],
     train: Source,
@@ -213,11 +222,7 @@ def evaluate(
 
     Raises ValueError when a source has no labels, or when the two name their classes differently.
     """
-    if train.classes and val.classes and tuple(train.classes) != tuple(val.classes):
-        raise ValueError(
-            f"the two sources do not have the same classes: {len(train.classes)} ({', '.join(train.classes[:3])}, ...) "
-            f"and {len(val.classes)} ({', '.join(val.classes[:3])}, ...); make both from folders of the same names"
-        )
+    check_classes(train, val)
 
     def part(source: Source, what: str) -> tuple[Tensor, Tensor]:
         features, labels, _ = extract(

@@ -1,0 +1,278 @@
+"""Judges an encoder by the linear protocol: a linear classifier on its frozen features (MoCo, section 4.1).
+
+    accelerate launch -m transfer.linear --run runs/photos --train shards/in1m/train --val shards/in1m/val
+
+1. The backbone stands still, in eval mode; its pooled features are taken as they are, not normalised.
+2. A linear layer is trained on random crops and flips with SGD: lr 30, momentum 0.9, no weight decay, 100 epochs, times
+   0.1 after 60 % and after 80 % of them (the reference's main_lincls.py).
+3. After each epoch it classifies the central crops of val: top-1 and top-5.
+
+`--lr '[3, 10, 30]'` trains a layer for each, side by side on the same features, as the encoder's pass is what costs.
+Running the same command again continues after the last epoch that was finished.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import xxhash
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from pipeline.labelled import eval_batches, read_labels, train_batches
+from pipeline.manifest import Source, open_source
+from pipeline.read import make_order
+from transfer.knn import check_classes, counting
+from transfer.load import LoadedEncoder, default_resize, load_encoder
+from transfer.ranks import Ranks, joined
+
+DECAY_AFTER = (0.6, 0.8)  # of the epochs
+
+
+class Heads(nn.Module):
+    """A linear layer for each learning rate, as main_lincls.py begins them: weights N(0, 0.01), bias 0."""
+
+    def __init__(self, count: int, features: int, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(count):  # one after another: a layer begins the same whatever stands beside it
+            layer = nn.Linear(features, classes)
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+            self.layers.append(layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([layer(features) for layer in self.layers])  # [n, D] -> [L, n, C]
+
+
+def train_epoch(
+    heads: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    embed: Callable[[Tensor], Tensor],
+    batches: Any,
+    steps: int,
+    advance: Callable[[int], object],
+) -> Tensor:
+    """Returns the mean loss and training accuracy of each head, [L, 2], on the device."""
+    seen: Any = 0.0
+    for _ in range(steps):
+        batch = next(batches)
+        with torch.no_grad():
+            features = embed(batch.images).float()  # [n, D]
+        logits = heads(features)  # [L, n, C]
+        truth = batch.labels.expand(len(logits), -1)  # [L, n]
+        losses = F.cross_entropy(logits.movedim(2, 1), truth, reduction="none").mean(dim=1)  # [L]
+        losses.sum().backward()  # each head gets its own loss's gradient alone
+        optimizer.step()
+        optimizer.zero_grad()
+        accuracy = (logits.argmax(dim=2) == truth).float().mean(dim=1)
+        seen = seen + torch.stack([losses.detach(), accuracy], dim=1) / steps
+        advance(len(features))
+    return seen  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def validate(heads: Heads, embed: Callable[[Tensor], Tensor], batches: Any, device: torch.device) -> Tensor:
+    """Counts over this rank's part, int64 [L, 3]: right at once, among the first five, images."""
+    counts = torch.zeros(len(heads.layers), 3, dtype=torch.int64, device=device)
+    for batch in batches:
+        logits = heads(embed(batch.images).float())  # [L, n, C]
+        best = logits.topk(min(5, logits.shape[2]), dim=2).indices  # [L, n, 5]
+        hits = best == batch.labels[:, None]
+        seen = torch.full((len(logits),), len(batch.labels), device=device)
+        counts += torch.stack([hits[:, :, 0].sum(dim=1), hits.sum(dim=(1, 2)), seen], dim=1)
+    return counts
+
+
+def linear(
+    loaded: LoadedEncoder,
+    train: Source,
+    val: Source,
+    out: Path,
+    *,
+    lrs: list[float],
+    epochs: int = 100,
+    batch_size: int = 256,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    image_size: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    seed: int = 0,
+    num_threads: int | None = None,
+    ranks: Ranks,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Trains and judges. Returns a row for each lr after the last epoch: {"epoch", "lr", "loss", "train_top1", "top1",
+    "top5", "seconds"}. All ranks call it; `batch_size` is global.
+
+    OUT: metrics.jsonl with such rows of each epoch, and the newest epoch's checkpoint. Raises ValueError for sources
+    without labels or with unlike classes, a batch that the ranks do not divide, an OUT that holds another experiment.
+    """
+    rank, world_size, device = ranks
+    check_classes(train, val)
+    order = make_order(train, batch_size, seed)
+    order.draw(0, 0, rank, world_size)  # ValueError, before anything long, when the ranks do not divide the batch
+    steps = order.steps_per_epoch
+    largest = max(largest_label(source, name, ranks, progress) for source, name in ((train, "train"), (val, "val")))
+    classes = max(len(train.classes), largest + 1)
+    size = image_size or loaded.image_size
+    encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return encoder.backbone(images)  # type: ignore[no-any-return]
+
+    torch.manual_seed(seed)
+    heads = Heads(len(lrs), encoder.features, classes).to(device)
+    groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, lrs)]
+    optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+    settings = {
+        "encoder": weights_hash(encoder.backbone), "train": train.fingerprint, "lr": lrs, "epochs": epochs,
+        "batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay, "image_size": size, "seed": seed,
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))  # jsonargparse's number types would make the checkpoint unreadable
+    rows, begun = list[dict[str, Any]](), 0
+    if (state := shared(lambda: checkpoint.load_newest(out), ranks)) is not None:
+        if changed := [name for name, value in settings.items() if state["settings"][name] != value]:
+            was = ", ".join(f"{name} was {state['settings'][name]} and is {settings[name]}" for name in changed)
+            raise ValueError(f"{out} holds another experiment: {was}; take another --out, or delete it")
+        heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+        rows, begun = state["rows"], state["epoch"]
+    model = DistributedDataParallel(heads) if world_size > 1 else heads
+    common: dict[str, Any] = {
+        "image_size": size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
+        "device": str(device), "num_threads": num_threads,
+    }  # fmt: skip
+    batches = train_batches(train, batch_size=batch_size, seed=seed, start=begun * steps, **common)
+    for epoch in range(begun, epochs):
+        began = time.monotonic()
+        for group, lr in zip(optimizer.param_groups, lrs):
+            group["lr"] = lr * decay(epoch, epochs)
+        with counting(f"epoch {epoch + 1}/{epochs}" if progress and rank == 0 else "", steps * batch_size) as advance:
+            fitted = train_epoch(model, optimizer, embed, batches, steps, lambda n: advance(n * world_size))
+        central = eval_batches(val, resize=default_resize(size), batch_size=max(1, batch_size // world_size), **common)
+        counts = validate(heads, embed, central, device)
+        if world_size > 1:
+            dist.all_reduce(fitted)
+            dist.all_reduce(counts)
+        seconds = time.monotonic() - began
+        for lr, (loss, accuracy), (first, five, images) in zip(lrs, (fitted / world_size).tolist(), counts.tolist()):
+            row = {"epoch": epoch + 1, "lr": lr, "loss": loss if math.isfinite(loss) else None, "train_top1": accuracy}
+            rows.append(row | {"top1": first / images, "top5": five / images, "seconds": round(seconds, 2)})
+        if rank == 0:
+            newest = rows[-len(lrs) :]
+            state = {"settings": settings, "epoch": epoch + 1, "rows": rows}
+            state |= {"heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(out, state, step=epoch + 1, keep=1)
+            (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            if progress:
+                said = ", ".join(f"lr {row['lr']:g}: {row['top1']:.2%}" for row in newest)
+                print(f"epoch {epoch + 1}/{epochs}  top-1 {said}", file=sys.stderr, flush=True)
+    batches.close()  # type: ignore[attr-defined]
+    return rows[-len(lrs) :]
+
+
+def decay(epoch: int, epochs: int) -> float:
+    """What the learning rate is multiplied by in this epoch, counted from 0."""
+    return 0.1 ** sum(epoch >= share * epochs for share in DECAY_AFTER)
+
+
+def largest_label(source: Source, name: str, ranks: Ranks, progress: bool) -> int:
+    """Over all ranks. Raises ValueError when an image has no label, on all of them."""
+    low, high = 0, 0
+    with counting(f"{name} labels" if progress and ranks.rank == 0 else "", source.samples) as advance:
+        for labels in read_labels(source, rank=ranks.rank, world_size=ranks.world_size):
+            low, high = min(low, int(labels.min())), max(high, int(labels.max()))
+            advance(len(labels) * ranks.world_size)
+    if ranks.world_size > 1:
+        both = torch.tensor([-low, high], device=ranks.device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        low, high = -int(both[0]), int(both[1])
+    if low < 0:
+        raise ValueError(
+            f"not every image of the {name} source has a label; make the shards from class folders, or name a labelled "
+            "source"
+        )
+    return high
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Of all parameters and statistics: the same file moved elsewhere is still the same encoder."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def shared(read: Callable[[], Any], ranks: Ranks) -> Any:
+    """What rank 0 reads, on all ranks: not every machine has to see the folder."""
+    box = [read() if ranks.rank == 0 else None]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(box, src=0, device=ranks.device)
+    return box[0]
+
+
+def parse() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.linear",
+        description="Linear protocol: accuracy of a linear classifier on frozen features; the last line is one JSON "
+        "object.",
+    )
+    add = parser.add_argument
+    add("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
+    add("--train", type=str, required=True, help="labelled source to train on (folder of shards, URL, card)")
+    add("--val", type=str, required=True, help="labelled source to classify")
+    add("--out", type=Path | None, help="folder for metrics and checkpoint; RUN/linear when left out")
+    add("--lr", type=PositiveFloat | list[PositiveFloat], default=30.0, help="one, or a list for a classifier each")
+    add("--epochs", type=PositiveInt, default=100)
+    add("--batch_size", type=PositiveInt, default=256, help="global, shared out over the ranks")
+    add("--momentum", type=float, default=0.9)
+    add("--weight_decay", type=float, default=0.0)
+    add("--image_size", type=PositiveInt | None, help="side of the crops; the recipe's when left out")
+    add("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; the classifier is fp32")
+    add("--seed", type=int, default=0)
+    add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add("--untrained", action="store_true", help="judge the same encoder as it was initialised")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    started = time.monotonic()
+    out = args.out
+    if out is None:
+        if not Path(args.run).is_dir():
+            raise ValueError(f"{args.run} is no run folder: say with --out where metrics and checkpoint go")
+        out = Path(args.run) / ("linear_untrained" if args.untrained else "linear")
+    loaded = load_encoder(args.run, untrained=args.untrained)
+    train, val = open_source(args.train), open_source(args.val)
+    lrs = [float(lr) for lr in (args.lr if isinstance(args.lr, list) else [args.lr])]
+    names = ("epochs", "batch_size", "momentum", "weight_decay", "image_size", "precision", "seed", "num_threads")
+    with joined() as ranks:
+        rows = linear(loaded, train, val, out, lrs=lrs, **{n: args[n] for n in names}, ranks=ranks, progress=True)
+    if ranks.rank == 0:
+        best = max(rows, key=lambda row: row["top1"])
+        about = {"train": train.samples, "val": val.samples, "run": loaded.name, "step": loaded.step}
+        about["features"] = "untrained backbone" if args.untrained else "backbone"
+        result = {"linear": best["top1"], **{n: best[n] for n in ("top5", "train_top1", "lr", "epoch")}, **about}
+        print(json.dumps(result | {"seconds": round(time.monotonic() - started, 1)}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
