@@ -49,6 +49,9 @@ def page(tmp_path_factory: pytest.TempPathFactory, shards_dir: Path) -> Path:
     """Two runs of the same name, one whose data is still there and one whose data has moved."""
     root = tmp_path_factory.mktemp("report")
     first = make_run(root / "monday" / "photos", shards_dir, steps=500)
+    rows = [{"epoch": e, "lr": lr, "top1": e * lr} for e in (1, 2) for lr in (0.1, 0.3)]  # as transfer.linear writes it
+    (first / "linear").mkdir()
+    (first / "linear" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     second = make_run(root / "tuesday" / "photos", "/nowhere/shards", steps=20, lr=0.06)
     return report.write_report([first, second], root / "report.html", images=40)
 
@@ -70,7 +73,15 @@ def test_nothing_external(page: Path) -> None:
 
 def test_everything_is_there(page: Path) -> None:
     html = page.read_text()
-    for words in ("monday/photos", "tuesday/photos", "37.5 %", "images_per_second", "moco_momentum", "truncated"):
+    for words in (
+        "monday/photos",
+        "tuesday/photos",
+        "37.5 %",
+        "60.0 %",
+        "images_per_second",
+        "moco_momentum",
+        "truncated",
+    ):
         assert words in html, words
     assert "2 images" in html, "a bad sample met twice is one image"
     for field in ("loss", "lr", "knn", "images_per_second", "data_wait"):

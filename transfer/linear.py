@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+from pipeline.index import write_atomically
 from pipeline.labelled import eval_batches, read_labels, train_batches
 from pipeline.manifest import Source, open_source
 from pipeline.read import make_order
@@ -175,7 +176,7 @@ def linear(
             state = {"settings": settings, "epoch": epoch + 1, "rows": rows}
             state |= {"heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(out, state, step=epoch + 1, keep=1)
-            (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
             if progress:
                 said = ", ".join(f"lr {row['lr']:g}: {row['top1']:.2%}" for row in newest)
                 print(f"epoch {epoch + 1}/{epochs}  top-1 {said}", file=sys.stderr, flush=True)

@@ -103,6 +103,13 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
     return Run(folder, name, colour, recipes.load(recipe_file), read_metrics(folder), list(unique.values()))
 
 
+def linear_accuracy(run_dir: Path) -> float | None:
+    """Top-1 of the best classifier after the newest epoch of transfer.linear, None where it has not run."""
+    metrics = run_dir / "linear" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    return max((row["top1"] for row in rows if row["epoch"] == rows[-1]["epoch"]), default=None)
+
+
 def names_of(folders: list[Path]) -> list[str]:
     """The folders' own names, with as much of the path before them as it takes to tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
@@ -134,6 +141,7 @@ def summary(runs: list[Run]) -> str:
         "loss",
         "kNN now",
         "kNN best",
+        "linear",
         "images/s (median)",
         "data wait (median)",
         "left out",
@@ -147,6 +155,7 @@ def summary(runs: list[Run]) -> str:
             _number(_last(run, "loss")),
             _number(_last(run, "knn"), percent=True),
             _number(max(knn, default=None), percent=True),
+            _number(linear_accuracy(run.folder), percent=True),
             _number(statistics.median(speed) if speed else None),
             _number(statistics.median(wait) if wait else None, percent=True),
             f"{len(run.quarantine)} images",
