@@ -37,8 +37,8 @@ def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, ke
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except RuntimeError as error:  # how torch's zip writer reports a write that failed
-        raise OSError(f"{path}: {error}") from error
+    except RuntimeError as error:  # of torch's zip writer, whose own words do not say that the disk is full
+        raise OSError(f"{path}: {error.__context__ or error}") from error
     finally:
         beside.unlink(missing_ok=True)
     _fsync_folder(folder)

@@ -42,24 +42,29 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
     # --- data and model: what is wrong with them is found on all ranks, before the first step -------------------------
     problem, facts, notes = "", dict[str, Any](), list[str]()
     try:
-        r.validate()
-        r.images_per_rank(ranks)
-        start.check_options(r, device)
-        held = start.hold(out) if rank == 0 else None  # until the process ends
+        start.check_options(r, ranks, device)
+        if rank == 0:
+            start.hold(out)
         notes += compare_recipes(out, r)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
+    alike = {name: value for name, value in recipes.to_dict(r).items() if name not in own}
+    agree(alike | {"torch": torch.__version__}, problem, control)
+
+    try:
         phase("index")
-        source = start.open_in_turn(r.data, r, rank, control)
+        sources = start.open_in_turn(r, rank, control)
         phase("start")
+        source = sources[r.data]
         loader = start.open_loader(r, source, rank, ranks, device)
         per_epoch = loader.steps_per_epoch
         planned = r.epochs * per_epoch or r.max_steps  # what the schedules are stretched over
         total = min(planned, r.max_steps or planned)
         net = start.build_net(r, ranks)
         dictionary = start.build_dictionary(r, net, ranks, source.samples, device)
-        monitor = start.open_monitor(r, source, rank, ranks, control) if r.knn_every else None
-        facts = {"data fingerprint": source.fingerprint, "steps": total, "torch": torch.__version__}
-        own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
-        facts |= {name: value for name, value in recipes.to_dict(r).items() if name not in own}
+        monitor = start.build_monitor(r, sources, rank, ranks) if r.knn_every else None
+        facts = {"data fingerprint": source.fingerprint, "steps": total}
     except (ValueError, OSError) as error:
         problem = str(error)
     agree(facts, problem, control)
@@ -112,6 +117,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         trackers.start(accelerator, r, step)
     writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
     start.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
+    if step >= total:
+        log.say(f"nothing to do: the run is at step {step} of {total}; raise epochs or max_steps to train on")
 
     def save() -> float:
         """Collective, as every rank's generators go in. What is not finite is never saved. Returns the seconds it
@@ -266,7 +273,10 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         (out / "finished").write_text(f"{step}\n")  # for job scripts: stopped is not finished, and both end with 0
     if step < total:
         who = stop.name or "another rank was told to stop"
-        log.say(f"{who}: saved at step {step} of {total}; the same command continues from there")
+        done = (
+            f"saved at step {step} of {total}; the same command continues from there" if step else "nothing trained yet"
+        )
+        log.say(f"{who}: {done}")
 
 
 def passes_of(

@@ -104,6 +104,7 @@ def test_a_write_that_fails_is_a_warning_and_the_old_one_stays(tmp_path: Path) -
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[0] == "step_00000001.pt [1]"
     assert "warning: step 2 not saved" in result.stderr
+    assert "File too large" in result.stderr
     assert [p.name for p in checkpoint.directory(tmp_path).iterdir()] == ["step_00000001.pt"]
 
 

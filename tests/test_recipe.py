@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+import checkpoint
 import recipe as recipes
 from recipe import Recipe
 from trainer.resume import compare_recipes
@@ -87,6 +88,8 @@ def test_batch_and_groups_are_shared_out_over_the_ranks() -> None:
 
 def test_a_run_folder_refuses_another_recipe_and_says_what_differs(tmp_path: Path) -> None:
     recipes.save(GOOD, tmp_path / "recipe.yaml")
+    assert compare_recipes(tmp_path, replace(GOOD, lr=0.1)) == []  # stopped before its first checkpoint: nothing lost
+    checkpoint.save(tmp_path, {}, step=1, keep=1)
     notes = compare_recipes(tmp_path, replace(GOOD, epochs=400, log_every=5, out=str(tmp_path), data="moved"))
     assert any("epochs changes from 200 to 400" in note for note in notes)
     assert any("cosine schedule is that of 400" in note for note in notes)

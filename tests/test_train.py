@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -91,7 +93,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     assert losses(out) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_save_and_end_with_0(
     number: signal.Signals, runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +108,81 @@ def test_signals_save_and_end_with_0(
     if number is signal.SIGTERM:
         assert runs.train(out, shards_dir) == [0]
         assert losses(out) == losses(undisturbed)
+
+
+def test_a_signal_during_start_up_ends_the_run_before_its_first_step(
+    runs: Runs, shards_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "early"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')  # of a run killed before its first checkpoint
+    patch = """
+import os, signal
+from trainer import start
+build = start.build_net
+def told(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return build(*arguments)
+start.build_net = told
+"""
+    assert runs.train(out, shards_dir, patch=patch) == [0], log_of(out).read_text()
+    assert "SIGTERM: nothing trained yet" in log_of(out).read_text()
+    assert metrics(out) == []
+    assert checkpoint.list_steps(out) == []
+
+
+def test_a_run_folder_has_one_training_at_a_time(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shared"
+    first = runs.start(out, shards_dir, epochs=400, schedule="constant")
+    wait_for_step(out, 3)
+    patch = "from trainer import start; start.IN_USE_SECONDS = 1"
+    assert runs.train(out, shards_dir, patch=patch) == [2], log_of(out).read_text()
+    assert f"process {first[0]}: wait for its end, or give another --out" in log_of(out).read_text()
+    second = runs.start(out, shards_dir, max_steps=1, epochs=400, schedule="constant")
+    deadline = time.monotonic() + 60
+    while log_of(out).read_text().count("note: ") < 2:
+        assert time.monotonic() < deadline, log_of(out).read_text()
+        time.sleep(0.05)
+    os.kill(first[0], signal.SIGTERM)
+    assert runs.wait([*first, *second]) == [0, 0], log_of(out).read_text()
+    assert [row["step"] for row in metrics(out)] == list(range(1, checkpoint.list_steps(out)[-1] + 1))
+
+
+def test_a_run_that_is_over_stays_so(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "over"
+    assert runs.train(out, shards_dir, max_steps=3) == [0]
+    assert (out / "finished").read_text() == "3\n"
+    assert runs.train(out, shards_dir, max_steps=2) == [0]
+    assert "nothing to do: the run is at step 3 of 2; raise epochs or max_steps" in log_of(out).read_text()
+    assert (out / "finished").is_file()
+    state = checkpoint.load(checkpoint.path_of(out, 3))
+    del state["rng"]
+    checkpoint.save(out, state, step=3, keep=1)
+    assert runs.train(out, shards_dir, max_steps=4) == [2]
+    assert "is of another version of this program: it has no rng" in log_of(out).read_text()
+
+
+def test_the_recipe_decides_and_not_accelerate_config(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "configured"
+    env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert runs.train(out, shards_dir, max_steps=4, env=env) == [0], log_of(out).read_text()
+    assert losses(out) == losses(undisturbed)[:4]
+    assert runs.train(out, shards_dir, env={"ACCELERATE_USE_FSDP": "true"}) == [2]
+    assert "error: `accelerate config` asks for FSDP" in log_of(out).read_text()
+
+
+def test_knn_data_without_labels_is_told_before_the_first_step(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    unlabelled, out = tmp_path / "unlabelled", tmp_path / "run"
+    shutil.copytree(shards_dir, unlabelled)
+    manifest = unlabelled / "manifest.json"
+    manifest.write_text(re.sub(r'"classes": \[.*?\]', '"classes": []', manifest.read_text()))
+    assert runs.train(out, shards_dir, knn_data=unlabelled, knn_every=1) == [2], log_of(out).read_text()
+    assert "has no classes" in log_of(out).read_text()
+    assert not (out / "checkpoints").exists()
 
 
 def test_the_knn_monitor_disturbs_nothing(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -199,12 +276,16 @@ AcceleratedOptimizer.step = skipping
     assert len(losses(out)) == 3
 
 
-def test_a_full_disk_costs_a_warning(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_full_disk_costs_a_warning_and_at_the_end_an_error(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "full"
     assert runs.train(out, shards_dir, max_steps=3) == [0]
-    assert runs.train(out, shards_dir, save_every=5, largest_file=2_000_000) == [0], log_of(out).read_text()
+    assert runs.train(out, shards_dir, save_every=5, largest_file=2_000_000) == [1], log_of(out).read_text()
     said = log_of(out).read_text()
     assert "warning: step 5 not saved" in said
+    assert "File too large); the same command repeats them" in said.splitlines()[-1].replace("'", "")
+    assert not (out / "finished").exists()
     assert checkpoint.list_steps(out) == [3]
     assert losses(out) == losses(undisturbed)
 
@@ -240,6 +321,13 @@ def test_mistakes_end_with_2_and_one_line(
     said = [line for line in log_of(out).read_text().splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert says in said[0]
+
+
+def test_a_run_folder_that_cannot_be_is_one_line_too(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    out.write_text("")
+    assert runs.train(out, shards_dir) == [2]
+    assert log_of(out).read_text().splitlines()[-1] == f"error: [Errno 17] File exists: '{out}'"
 
 
 def test_profile_names_the_phases_and_changes_nothing(

@@ -83,6 +83,22 @@ Loader.__next__ = stuck_somewhere
     assert "stuck_somewhere" in text  # the stack of the rank that hangs
 
 
+def test_a_slow_disk_is_no_rank_that_hangs(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Rank 0 waits for its last write before the next one; the others wait for rank 0 in their next step."""
+    out = tmp_path / "slow"
+    patch = """
+import time, checkpoint
+save = checkpoint.save
+def slow(*arguments, step, **options):
+    time.sleep(9 if step == 4 else 0)
+    return save(*arguments, step=step, **options)
+checkpoint.save = slow
+"""
+    options = {"patch": patch, "save_every": 4, "hang_seconds": 5}
+    assert runs.train(out, shards_dir, ranks=2, **options) == [0, 0], log_of(out).read_text()
+    assert losses(out) == losses(undisturbed)
+
+
 def test_an_error_on_one_rank_is_told_by_the_others(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "error"
     patch = """

@@ -74,7 +74,7 @@ def test_knn_is_the_same_on_two_ranks_and_disturbs_nothing(runs: Runs, shards_di
     ("options", "says"),
     [
         ({"lr": [0.02, 0.04]}, "rank 1 has lr 0.04, rank 0 has 0.02"),
-        ({"max_steps": [0, 7]}, "rank 1 has steps 7, rank 0 has 20"),
+        ({"max_steps": [0, 7]}, "rank 1 has max_steps 7, rank 0 has 0"),
         ({"batch_size": 9, "bn_groups": 1}, "batch_size 9 does not divide over 2 ranks"),
     ],
 )

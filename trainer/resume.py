@@ -13,14 +13,17 @@ import torch.distributed as dist
 import checkpoint
 import recipe as recipes
 from recipe import CHANGEABLE, Recipe
+from trainer.watchdog import CommonError
+
+PARTS = {"step", "encoder", "moco", "optimizer", "scaler", "loader", "rng", "metrics"}  # that continuing needs
 
 
 def compare_recipes(out: Path, r: Recipe) -> list[str]:
-    """Against RUN/recipe.yaml, if there is one: a line for each field that differs and may. Raises ValueError naming
-    those that may not, because the run would not be the same experiment.
+    """Against RUN/recipe.yaml, if there is a checkpoint: a line for each field that differs and may. Raises ValueError
+    naming those that may not, because the run would not be the same experiment.
     """
     path = out / "recipe.yaml"
-    if not path.is_file():
+    if not path.is_file() or not checkpoint.list_steps(out):
         return []
     changed = recipes.differences(recipes.load(path), r)
     changed.pop("out", None)
@@ -40,6 +43,17 @@ def load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | 
     """The newest checkpoint that verifies; rank 0 chooses, so that all ranks take the same one. None when there is
     none.
     """
+    state = _load_newest(out, group)
+    missing = [] if state is None else sorted(PARTS - state.keys())
+    if missing:
+        raise CommonError(
+            f"the checkpoint in {out} is of another version of this program: it has no {', '.join(missing)}; continue "
+            "with that version, or give another --out"
+        )
+    return state
+
+
+def _load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | None:
     if group is None:
         return checkpoint.load_newest(out)
     message: list[Any] = [None, ""]
@@ -53,7 +67,7 @@ def load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | 
     dist.broadcast_object_list(message, src=0, group=group)
     step, problem = message
     if problem:
-        raise ValueError(problem)
+        raise CommonError(problem)
     if state is None and step is not None:
         try:
             state = checkpoint.load(checkpoint.path_of(out, step))

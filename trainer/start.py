@@ -1,6 +1,11 @@
 """What has to be there before the first step: options that work here, data, network, dictionary, monitor."""
 
 import copy
+import fcntl
+import os
+import socket
+import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,23 +27,68 @@ from recipe import Recipe
 from trainer.watch import Log, warnings_before
 from transfer import knn
 
+IN_USE_SECONDS = 120  # how long a run folder's last training may take to end
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 
-def check_options(r: Recipe, device: torch.device) -> None:
-    """Raises ValueError for what this machine does not have: a kind of view or a GPU for fp16."""
+def check_options(r: Recipe, ranks: int, device: torch.device) -> None:
+    """Raises ValueError for what is wrong in itself, on so many ranks, or on this machine."""
+    r.validate()
+    r.images_per_rank(ranks)
     if r.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     if r.views not in views.RECIPES:
         raise ValueError(f"views {r.views!r} is none of {', '.join(views.RECIPES)}")
 
 
-def open_in_turn(r: Recipe, rank: int, control: dist.ProcessGroup | None) -> Source:
-    """Rank 0 first: a missing index or manifest is built once, and then it is there."""
+def check_launcher() -> None:
+    """Raises ValueError for what `accelerate config` offers and a MoCo step is not written for."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"`accelerate config` asks for {name}; every rank holds both encoders here: answer no there, or launch "
+                "with --multi_gpu"
+            )
 
-    def opened() -> Source:
+
+def hold(out: Path) -> None:
+    """Makes the run folder this process's own until it ends: two trainings in one folder would drop each other's
+    metrics and checkpoints. Waits for one that is about to end; ValueError when it does not.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # never closed
+    deadline = time.monotonic() + IN_USE_SECONDS
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            owner = f"{out} is in use by the training {os.pread(lock, 200, 0).decode()}"
+            if time.monotonic() > deadline:
+                raise ValueError(f"{owner}: wait for its end, or give another --out") from None
+            if not waiting:
+                print(f"note: {owner}; waiting up to {IN_USE_SECONDS} s for its end", file=sys.stderr, flush=True)
+            waiting = True
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            break
+    os.truncate(lock, 0)
+    os.pwrite(lock, f"on {socket.gethostname()}, process {os.getpid()}".encode(), 0)
+
+
+def open_in_turn(r: Recipe, rank: int, control: dist.ProcessGroup | None) -> dict[str, Source]:
+    """Every source that the recipe names, by its name there. Rank 0 first: a missing index or manifest is built once,
+    and then it is there.
+    """
+    names = {r.data} | ({r.knn_data, r.knn_train or r.data} if r.knn_every else set())
+
+    def opened() -> dict[str, Source]:
         size = int(r.cache_gb * 2**30)
-        return open_source(r.data, cache_dir=r.cache_dir or None, cache_bytes=size, progress=rank == 0)
+        return {
+            name: open_source(name, cache_dir=r.cache_dir or None, cache_bytes=size, progress=rank == 0)
+            for name in sorted(names)
+        }
 
     try:
         if rank == 0:
@@ -50,7 +100,6 @@ def open_in_turn(r: Recipe, rank: int, control: dist.ProcessGroup | None) -> Sou
 
 
 def open_loader(r: Recipe, source: Source, rank: int, ranks: int, device: torch.device) -> Loader:
-    Path(r.out).mkdir(parents=True, exist_ok=True)
     return Loader(
         source,
         views=r.views,
@@ -105,16 +154,17 @@ def build_dictionary(
     )
 
 
-def open_monitor(
-    r: Recipe, source: Source, rank: int, ranks: int
+def build_monitor(
+    r: Recipe, sources: dict[str, Source], rank: int, ranks: int
 ) -> Callable[[nn.Module, torch.device, AbstractContextManager[Any]], float]:
     """A function (net, device, autocast) -> kNN accuracy on knn_data, the same on all ranks. ValueError without
     labels.
     """
-    bank = open_source(r.knn_train, progress=False) if r.knn_train else source
-    val = open_source(r.knn_data, progress=False)
+    bank, val = sources[r.knn_train or r.data], sources[r.knn_data]
     if not bank.classes:
         raise ValueError(f"{r.knn_train or r.data} has no classes to vote with; give a labelled source as --knn_train")
+    if not val.classes:
+        raise ValueError(f"knn_data {r.knn_data} has no classes; give shards that were made from class folders")
 
     def monitor(net: nn.Module, device: torch.device, autocast: AbstractContextManager[Any]) -> float:
         # A copy with rank 0's batch-norm statistics, which are the ones in the checkpoint: each rank has its own, and

@@ -5,6 +5,7 @@ dies or hangs.
 import contextlib
 import ctypes
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import torch.distributed as dist
 
 BEAT = 1.0  # seconds between two signs of life
 PATIENT = 1800.0  # seconds that start-up, kNN and saving may take
+UNHURRIED = ("start", "knn", "save")  # phases with that allowance
 
 
 Places = dict[int, tuple[int, int, str, str]]  # rank -> phases gone through, step, phase, host and process
@@ -50,15 +53,20 @@ def rejoin() -> None:
 
 def control_group() -> Any:
     """A gloo group for messages between hosts that must not touch the GPU; None when there is one process."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    # The ranks wait here while rank 0 builds an index; for one that hangs there is the watchdog.
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def die_with_launcher() -> None:
-    """Asks Linux for a SIGTERM when the parent ends: `accelerate launch` leaves its child behind when it is told to
-    stop.
+    """Asks Linux for a SIGTERM when `accelerate launch` ends, which leaves its child behind when it is told to stop.
+    Not for other parents: a shell that somebody logs out of must not take a training with it.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        program, *arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        if b"python" in program and any(b"accelerate" in argument for argument in arguments):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) -> None:
@@ -87,30 +95,43 @@ def agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) 
 
 
 class Stop:
-    """SIGTERM, SIGINT and SIGUSR1 to any rank: all of them leave the loop after the same step."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 to any rank: all of them leave the loop after the same step.
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group, self.name = group, ""
+    Made before anything slow: a signal during start-up ends the run at its first step, a second one then at once.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._begun = False
+        self._group: dist.ProcessGroup | None = None
         self._flag = torch.zeros(1)
         self._work: Any = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            # A second signal changes nothing: torchrun forwards the terminal's SIGINT that the rank already got itself.
-            signal.signal(number, self._ask)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._ask)
+
+    def begin(self, group: dist.ProcessGroup | None) -> None:
+        """From here on a second signal changes nothing: torchrun forwards the terminal's SIGINT that the rank already
+        got itself, and there is something to save.
+        """
+        self._group, self._begun = group, True
 
     def _ask(self, number: int, frame: object) -> None:
+        if self.name and not self._begun:
+            os._exit(128 + number)
         self.name = signal.Signals(number).name
 
     def asked(self) -> bool:
         """Call once a step. Each call sends this rank's wish and returns the ranks' common wish as of the call
         before: no waiting, and no device involved.
         """
-        if self.group is None:
+        if self._group is None:
             return bool(self.name)
         if self._work is not None:
             self._work.wait()
         stop = bool(self._flag.item())
         self._flag = torch.tensor([float(bool(self.name))])
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
 
 
@@ -144,20 +165,25 @@ class Watchdog(threading.Thread):
 
     def phase(self, name: str) -> None:
         """Called by the loop wherever it goes on to something else; every rank goes through the same phases."""
+        now = time.monotonic()
+        if self.name_of_phase in UNHURRIED:
+            self._step_began += now - self._changed  # no part of the step's time
         self.name_of_phase = name
         self.ticks += 1
-        self._changed = time.monotonic()
+        self._changed = now
 
     def next_step(self, step: int) -> None:
-        now = time.monotonic()
+        self.phase("step")
         if self._steps > 1:  # the first two compile, tune and fill buffers
-            self._slowest = max(self._slowest, now - self._step_began)
-        self.step, self._step_began = step, now
+            self._slowest = max(self._slowest, self._changed - self._step_began)
+        self.step, self._step_began = step, self._changed
         self._steps += 1
 
     def allowance(self) -> float:
         """Seconds without progress after which something is wrong."""
-        if self._steps < 3 or self.name_of_phase in ("start", "knn", "save"):
+        if self.name_of_phase == "index":
+            return math.inf  # hours, of many foreign shards
+        if self._steps < 3 or self.name_of_phase in UNHURRIED:
             return PATIENT
         return max(self.seconds, 5 * self._slowest)
 
@@ -184,6 +210,8 @@ class Watchdog(threading.Thread):
             idle = time.monotonic() - self._changed
             if idle > self.allowance():
                 behind = [r for r in others if others[r][0] == min(ticks for ticks, *_ in others.values())]
+                if idle < PATIENT and any(others[r][2] in UNHURRIED for r in behind):
+                    continue  # this rank waits in its next step for rank 0, which saves to a slow disk
                 what = f"no progress for {idle:.0f} s"
                 if len(behind) == self.ranks and self.ranks > 1:
                     self._end(f"all ranks hang at step {self.step} in {self.name_of_phase!r}, {what}")
@@ -191,7 +219,7 @@ class Watchdog(threading.Thread):
 
     def lost(self, patience: float = 3.5) -> str:
         """After a collective failed: who is gone, as far as `patience` seconds show; "" when nobody is."""
-        if self._store is None:
+        if self._store is None or not self.is_alive():  # hang_seconds 0: nobody gives signs of life
             return ""
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
