@@ -10,7 +10,11 @@ cd "$(dirname "$0")/.."
 gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 if [ "$gpus" = 0 ]; then gpus=1; fi
 
-torchrun --nnodes="${NODES:-1}" --node_rank="${NODE:-0}" --master_addr="${HEAD:-127.0.0.1}" \
+# torchrun would end at a hang-up that nohup asked to ignore.
+signals=SIGTERM,SIGINT,SIGQUIT
+if [ -z "$(trap -p HUP)" ]; then signals=$signals,SIGHUP; fi
+
+torchrun --signals_to_handle="$signals" --nnodes="${NODES:-1}" --node_rank="${NODE:-0}" --master_addr="${HEAD:-127.0.0.1}" \
     --master_port="${PORT:-29500}" --nproc_per_node="$gpus" --max_restarts="${RESTARTS:-3}" train.py "$@" &
 launcher=$!
 trap 'pkill -USR1 --parent "$launcher" -f train.py || true' TERM INT USR1
