@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import Runs, log_of, losses
+from training import Runs, log_of, metrics
 
 import checkpoint
 
@@ -29,17 +29,19 @@ def runs() -> Iterator[Runs]:
 def test_a_compiled_run_is_the_same_and_goes_on_uncompiled(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
 
-    def train(out: Path, **options: Any) -> None:  # two ranks with two batch-norm groups each
-        assert runs.train(out, shards_dir, ranks=2, batch_size=24, bn_groups=4, **options) == [0, 0], log_of(
-            out
-        ).read_text()
+    def train(out: Path, **options: Any) -> None:
+        # Two ranks with two batch-norm groups each; a small lr keeps rounding small.
+        common: dict[str, Any] = {"ranks": 2, "batch_size": 24, "bn_groups": 4, "lr": 0.0005}
+        assert runs.train(out, shards_dir, **common, **options) == [0, 0], log_of(out).read_text()
 
     train(plain, max_steps=4)
     train(compiled, max_steps=2, compile=True, patch=WITHOUT_INDUCTOR)
     state = checkpoint.load(checkpoint.path_of(compiled, 2))
     train(compiled, max_steps=4)
     assert "note: compile changes from True to False" in log_of(compiled).read_text()
-    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
+    for name in ("loss", "gradient_norm"):
+        one, other = ([row[name] for row in metrics(out)] for out in (plain, compiled))
+        assert other == pytest.approx(one, rel=2e-3)
     expected = checkpoint.load(checkpoint.path_of(plain, 4))
     for part in ("encoder", "moco"):
         assert state[part].keys() == expected[part].keys()
