@@ -1,7 +1,8 @@
 """What only a GPU can show, in one command: one table, one JSON, in benchmarks/results/gpu_*.
 
-    python benchmarks/gpu.py --images DIR                       # an H200: about 25 minutes; --parts runs some of it
-    python benchmarks/gpu.py --images DIR --device cpu --arch resnet18 --image_size 64 --batch_sizes 32 --steps 6
+    python benchmarks/gpu.py --images DIR                       # all of it; --parts and --seconds bound it
+    python benchmarks/gpu.py --images DIR --device cpu --arch resnet18 --image_size 64 --batch_sizes 32 \\
+        --steps 6 --train_steps 60 --seconds 300               # a dry run
 
 1. loader: pipeline.loader alone (v1, v2; photographs as they are and packed at short side 256; 2, 4, 16 CPU threads,
    which are also all the cores it may use; prefetch depths; share of the hardware decoder).
@@ -89,9 +90,11 @@ def child_loader(o: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         for _ in range(o["steps"]):
             batch = next(loader)
-        batch.query.flatten()[0].item()  # waits for the device
+        batch.query[0, 0, 0, 0].item()  # waits for the device
         if round_:
             rates.append(o["steps"] * o["batch_size"] / (time.perf_counter() - began))
+        else:
+            loader.timings()  # so that the bottleneck is not that of building
     timings = loader.timings()
     free, total = torch.cuda.mem_get_info() if o["device"] != "cpu" else (0, 0)
     result = {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates), "n": len(rates)}
@@ -113,7 +116,7 @@ class Repeated:
         return {}
 
     def timings(self) -> dict[str, float]:
-        return {}
+        return dict.fromkeys(("read", "screen", "views", "graph"), 0.0)  # train.py names the slowest of them
 
     def bottleneck(self, timings: dict[str, float]) -> str:
         return "consumer"
@@ -169,10 +172,10 @@ def torchvision_batches(
 
     class Views(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:
-            return len(files)
+            return 10**6  # so many that no epoch ends, when the workers would start anew
 
         def __getitem__(self, i: int) -> Any:
-            with Image.open(files[i]) as image:
+            with Image.open(files[i % len(files)]) as image:
                 rgb = image.convert("RGB")
             return augment(rgb), augment(rgb), i
 
@@ -205,7 +208,7 @@ def child_train(o: dict[str, Any]) -> dict[str, Any]:
 
     start.open_loader = open_loader
     with tempfile.TemporaryDirectory() as run:
-        log_every = max(1, o["steps"] // (o["rounds"] + 2))
+        log_every = max(1, o["train_steps"] // (o["rounds"] + 2))
         flags = {
             "config": REPOSITORY / "recipes/moco_v2_r50.yaml",
             "data": o["data"],
@@ -296,11 +299,14 @@ def child_roofline(o: dict[str, Any]) -> dict[str, Any]:
 CHILDREN = {"loader": child_loader, "train": child_train, "roofline": child_roofline}
 
 
-def run_child(kind: str, options: dict[str, Any], cores: int | None = None) -> dict[str, Any]:
+def run_child(kind: str, options: dict[str, Any], cores: int | None, seconds: float) -> dict[str, Any]:
     available = sorted(os.sched_getaffinity(0))
     pin = ["taskset", "-c", ",".join(map(str, available[:cores]))] if cores else []
     command = [*pin, sys.executable, __file__, "--child", kind, "--options", json.dumps(options)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {seconds:.0f} s"}
     if done.returncode:
         print(f"  {kind} {options}: exit {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
         return {"failed": done.stderr[-500:]}
@@ -322,13 +328,14 @@ def plan(
                     "precision": "bf16" if o.device != "cpu" else "fp32",
                     "data": data["native"],
                     "images": str(images),
+                    "train_steps": o.train_steps,
                 }
                 kind = "compiled" if compiled else "eager"
                 for turn in range(o.turns):  # both sides, interleaved
                     for source in ("constant", "shards"):
                         name = f"train {source} {kind} batch {batch_size} {threads[0]} cores #{turn}"
                         yield name, "train", base | {"source": source}, threads[0]
-            last = base | {"source": "torchvision", "compile": False}
+            last = base | {"source": "torchvision", "compile": False, "train_steps": o.train_steps // 6}  # it is slow
             yield f"train torchvision eager batch {batch_size} {threads[0]} cores", "train", last, threads[0]
             if cores > threads[0]:
                 name = f"train torchvision eager batch {batch_size} {cores} cores"
@@ -357,12 +364,13 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--steps", type=int, default=60, help="of each measurement's warm-up and of each of its rounds")
+    parser.add_argument("--steps", type=int, default=60, help="of a loader's warm-up and of each of its rounds")
+    parser.add_argument("--train_steps", type=int, default=140, help="of a training, warm-up and rounds together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=2, help="interleaved repetitions of constant against shards")
     parser.add_argument("--parts", nargs="+", choices=sorted(CHILDREN), default=sorted(CHILDREN))
     parser.add_argument("--count", type=int, default=4000, help="images in the shards")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further measurement after so long")
+    parser.add_argument("--seconds", type=float, default=1e9, help="end in that time, whatever is measured by then")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results")
     parser.add_argument("--child", choices=sorted(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
@@ -375,19 +383,24 @@ def main() -> None:
     began, results, lines = time.monotonic(), {"hardware": hardware(o.device), "command": " ".join(sys.argv)}, []
     o.output.mkdir(parents=True, exist_ok=True)
     stem = o.output / f"gpu_{'cpu_dry_run' if o.device == 'cpu' else 'h200' if 'H200' in str(results) else 'other'}"
+    if sorted(o.parts) != sorted(CHILDREN):  # parts that run one after another keep each other's files
+        stem = stem.with_name("_".join([stem.name, *o.parts]))
     with tempfile.TemporaryDirectory() as work:
         data = make_shards(o.images, Path(work), o.count)
         for name, kind, options, cores in plan(o, data, Path(work) / "images"):
-            if time.monotonic() - began > o.seconds:
-                lines.append(f"{name:55} not begun: --seconds {o.seconds:.0f} had passed")
-                continue
-            results[name] = found = run_child(kind, options, cores)
-            spread = f"({found['min']:,.0f} to {found['max']:,.0f}, n {found['n']})" if "n" in found else ""
-            rate = f"{found['images_per_second']:12,.0f} images/s" if "images_per_second" in found else "      failed"
-            more = "  ".join(
-                f"{k} {v:.3g}" for k, v in found.items() if k in ("data_wait", "memory_gb", "gpu_memory_gb")
-            )
-            lines.append(f"{name:55} {rate} {spread} {more}")
+            left = o.seconds - (time.monotonic() - began)
+            if left < 30:
+                lines.append(f"{name:55} not begun: --seconds {o.seconds:.0f} had nearly passed")
+            else:
+                results[name] = found = run_child(kind, options, cores, min(900, left))
+                spread = f"({found['min']:,.0f} to {found['max']:,.0f}, n {found['n']})" if "n" in found else ""
+                rate = (
+                    f"{found['images_per_second']:12,.0f} images/s" if "images_per_second" in found else "      failed"
+                )
+                more = "  ".join(
+                    f"{k} {v:.3g}" for k, v in found.items() if k in ("data_wait", "memory_gb", "gpu_memory_gb")
+                )
+                lines.append(f"{name:55} {rate} {spread} {more}")
             print(lines[-1], flush=True)
             # Written after each: a machine that goes away takes nothing along.
             stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")

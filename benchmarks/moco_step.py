@@ -259,9 +259,10 @@ def in_ranks(part: str, world: int) -> Any:
         output = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
         command += ["--master_addr=127.0.0.1", f"--master_port={port}", __file__, *sys.argv[1:], "--part", part]
-        subprocess.run(
-            command, check=True, env=dict(os.environ, MOCO_STEP_RESULT=str(output)), stderr=subprocess.DEVNULL
-        )
+        environment = dict(os.environ, MOCO_STEP_RESULT=str(output))
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"error: {part} on {world} rank(s) failed:\n{done.stderr[-4000:]}")
         return json.loads(output.read_text())
 
 
