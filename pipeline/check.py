@@ -1,9 +1,11 @@
 """What a source holds, and whether it is still what its manifest says: the command `python -m pipeline.manifest`."""
 
+import contextlib
 import io
 import itertools
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,28 +47,42 @@ def run() -> int:
     print(_table(source))
     if not options.check:
         return 0
-    storage = Storage(cache_dir=options.cache_dir, cache_bytes=options.cache_bytes)
     shards = [
         Expected(m.shard_url(i), m.index_url(i), s.samples, s.bytes, s.checksum)
         for m in source.manifests
         for i, s in enumerate(m.shards)
     ]
     faults = 0
-    for fault in check_shards(shards, storage, workers=options.workers or os.cpu_count() or 1, progress=True):
-        print(fault)
-        faults += 1
-    storage.close()
+    with _fresh_storage(shards, options.cache_dir) as storage:
+        for fault in check_shards(shards, storage, workers=options.workers or os.cpu_count() or 1, progress=True):
+            print(fault, flush=True)
+            faults += 1
     unknown = sum(not s.checksum for s in shards)
-    without = f" ({unknown:,} shards have no checksum to compare with)" if unknown else ""
-    print(f"checked {len(shards):,} shards, {source.samples:,} samples: {faults:,} faults{without}")
+    without = f" (shards without a checksum to compare with: {unknown:,})" if unknown else ""
+    print(f"checked {len(shards):,} shards, {source.samples:,} samples: {faults:,} fault{'s' * (faults != 1)}{without}")
     return 1 if faults else 0
 
 
+@contextlib.contextmanager
+def _fresh_storage(shards: Sequence["Expected"], cache_dir: str | None) -> Iterator[Storage]:
+    """Without what was fetched before: the question is what lies there now. As large as the fetches under way take."""
+    if not any(is_remote(s.tar) for s in shards):
+        yield Storage(open_files=1)
+        return
+    beside = Storage(cache_dir=cache_dir).cache_dir
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="check-", dir=beside) as folder:
+        storage = Storage(cache_dir=folder, cache_bytes=2 * FETCHES * max(s.bytes for s in shards))
+        yield storage
+        storage.close()
+
+
 def _table(source: Source) -> str:
-    rows = [("source", "share", "samples", "shards", "GB", "kB/sample", "classes", "where")]
+    rows = [("source", "share", "samples", "shards", "size", "kB/sample", "classes", "where")]
     for manifest, weight, name in zip(source.manifests, source.weights, source.names):
         size = sum(shard.bytes for shard in manifest.shards)
-        counts = (f"{manifest.samples:,}", f"{len(manifest.shards):,}", f"{size / 1e9:.2f}")
+        unit, of_unit = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6)
+        counts = (f"{manifest.samples:,}", f"{len(manifest.shards):,}", f"{size / of_unit:,.2f} {unit}")
         each = f"{size / manifest.samples / 1000:.1f}"
         rows.append((name, f"{weight:.1%}", *counts, each, str(len(manifest.classes) or "-"), manifest.root))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -74,7 +90,9 @@ def _table(source: Source) -> str:
     for row in rows:
         cells = [cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
-    chunk = "all its shards" if source.chunk_shards is None else f"{source.chunk_shards} shards at a time"
+    of_lane = -(-sum(len(m.shards) for m in source.manifests) // source.lanes)
+    at_once = source.chunk_shards or of_lane
+    chunk = "all its shards" if at_once >= of_lane else f"{at_once:,} shards at a time"
     lanes = f"{source.lanes} lane{'s' * (source.lanes > 1)}"
     return "\n".join([*lines, f"order: {lanes}, each shuffling {chunk}; fingerprint {source.fingerprint}"])
 
@@ -123,7 +141,7 @@ def _check(storage: Storage, shard: Expected) -> list[str]:
         samples = index_tar(data)
         index = read_index(storage.read_bytes(shard.idx), samples=shard.samples, size=shard.bytes, label=shard.idx)
     except (ValueError, OSError) as error:
-        return [f"{shard.tar}: {error}"]
+        return [str(error) if str(error).startswith(shard.tar) else f"{shard.tar}: {error}"]
     best = [min((c for c in s if image_rank(c.extension) >= 0), key=lambda c: image_rank(c.extension)) for s in samples]
     faults = []
     if sorted(zip(index.offsets.tolist(), index.sizes.tolist())) != sorted((c.offset, c.size) for c in best):

@@ -113,15 +113,16 @@ def parse_manifest(content: bytes, url: str) -> Manifest:
     folder = url.rpartition("/")[0] or "."
     try:
         head = json.loads(content, object_hook=_shard_or_head)
-        if head["format"] != FORMAT:
-            raise ValueError(
-                f"{url} has format {head['format']}, this program reads {FORMAT}: update the one that is older"
-            )
-        shards = tuple(head["shards"])
+        made_by = head["format"]
+        shards = tuple(head["shards"]) if made_by == FORMAT else ()
+        if not all(isinstance(shard, Shard) for shard in shards):
+            raise TypeError("a shard without a path")
         root = head.get("root", folder)
         manifest = Manifest(root, shards, tuple(head.get("classes", ())), index_root=folder if root != folder else "")
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{url} is not a manifest ({error!r}): delete it to have it built again") from error
+    if made_by != FORMAT:
+        raise ValueError(f"{url} has format {made_by}, this program reads {FORMAT}: update the one that is older")
     if not shards or min(s.samples for s in shards) < 1 or manifest.samples != head.get("samples", manifest.samples):
         raise ValueError(
             f"{url} does not add up: {len(shards)} shards with {manifest.samples if shards else 0:,} samples, "

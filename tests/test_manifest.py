@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, cpu_environment
 
+from pipeline import check
 from pipeline.index import Component, format_index, index_tar, read_index, sample_key, write_index
 from pipeline.manifest import Manifest, Shard, load_manifest, open_source, save_manifest
 
@@ -64,6 +65,8 @@ def test_manifest_of_shards_elsewhere(tmp_path: Path) -> None:
     "spoil, message",
     [
         (lambda head: head.pop("shards"), "not a manifest"),
+        (lambda head: head["shards"][0].pop("path"), "not a manifest"),
+        (lambda head: head["shards"][0].update(bytes="x"), "not a manifest"),
         (lambda head: head.update(format=2), "format 2, this program reads 1"),
         (lambda head: head["shards"].pop(), "does not add up"),
         (lambda head: head["shards"][0].update(samples=0), "does not add up"),
@@ -324,7 +327,7 @@ def test_check_finds_every_fault(folder: Path) -> None:
     assert result.returncode == 1, result.stderr
     lines = result.stdout.splitlines()
     assert [sum(t.name in line or t.stem in line for line in lines) for t in tars] == [1, 1, 1, 0]
-    assert "checksum" in lines[3] and "cut short" in lines[4]
+    assert "checksum" in lines[3] and "cut short" in lines[4] and lines[4].count(str(tars[1])) == 1
     assert "3 faults" in lines[-1]
 
     # Shards without checksums: what is inside is still looked at.
@@ -339,4 +342,20 @@ def test_check_finds_every_fault(folder: Path) -> None:
     result = describe(folder, "--check")
     assert result.returncode == 1, result.stderr
     assert f"{image.name}: does not decode" in result.stdout
-    assert "1 faults (1 shards have no checksum" in result.stdout
+    assert "1 fault (shards without a checksum to compare with: 1)" in result.stdout
+
+
+def test_check_asks_the_place_not_the_cache(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was fetched when all was well says nothing about what lies there now."""
+    arguments = ["manifest", f"local://{folder}", "--check", "--cache_dir", str(folder.parent / "cache")]
+    for faults in ("0 faults", "1 fault"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            assert check.run() == (faults != "0 faults")
+        output = capsys.readouterr().out
+        assert (
+            f"checked 4 shards, 60 samples: {faults}" in output and "4 lanes, each shuffling all its shards" in output
+        )
+        tar = folder / "shard-000002.tar"
+        tar.write_bytes(bytes(600) + tar.read_bytes()[600:])
+    assert not list((folder.parent / "cache").glob("check-*"))
