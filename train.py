@@ -239,7 +239,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
             log.write(metrics)
             trackers.track(accelerator, log, metrics)
             stages = loader.timings()
-            log.warn(warnings_during(metrics, r.queue_size, r.batch_size, loader.bottleneck(stages), stages))
+            slowest = loader.bottleneck(stages)
+            log.warn(warnings_during(metrics, r.queue_size, r.batch_size, window.usual_wait(), slowest, stages))
 
         knn_due = monitor is not None and step % (r.knn_every * per_epoch) == 0
         keep_for_good = r.keep_every > 0 and step % (r.keep_every * per_epoch) == 0

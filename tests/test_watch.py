@@ -10,11 +10,11 @@ import torch
 from trainer.watch import Log, Window, drop_lines_after, norm, warnings_before, warnings_during
 
 CHANCE = math.log(65537)
-HEALTHY = {"step": 5000, "loss": 6.9, "accuracy": 0.6, "data_wait": 0.02, "lr": 0.03}
+HEALTHY = {"step": 5000, "loss": 6.9, "accuracy": 0.6, "lr": 0.03}
 
 
-def during(**changes: float) -> dict[str, str]:
-    return warnings_during(HEALTHY | changes, 65536, 256, "read", {"read": 4.0, "graph": 1.0})
+def during(usual_wait: float = 0.02, **changes: float) -> dict[str, str]:
+    return warnings_during(HEALTHY | changes, 65536, 256, usual_wait, "read", {"read": 4.0, "graph": 1.0})
 
 
 def test_a_healthy_run_is_not_warned_about() -> None:
@@ -28,7 +28,7 @@ def test_a_healthy_run_is_not_warned_about() -> None:
         ({"loss": CHANCE}, "chance", "ln(queue_size + 1) = 11.09"),
         ({"accuracy": 0.999}, "shortcut", "shuffle_bn false"),
         (
-            {"data_wait": 0.25},
+            {"usual_wait": 0.25},
             "data",
             "25% of the time is spent waiting for data; the slowest stage is read (read 4000 ms",
         ),
@@ -42,7 +42,7 @@ def test_each_trouble_is_explained(changes: dict[str, float], kind: str, says: s
 
 def test_a_young_queue_may_look_like_that() -> None:
     assert during(step=500, loss=CHANCE, accuracy=1.0) == {}
-    assert during(step=20, data_wait=0.9) == {}
+    assert during(step=20, usual_wait=0.9) == {}
 
 
 def test_numbers_that_are_known_to_fail_are_said_before() -> None:
@@ -81,6 +81,15 @@ def test_a_window_averages_over_steps_and_ranks_and_finds_the_first_bad_loss() -
     other = torch.tensor([[math.inf, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
     assert window.settle(lambda mine: torch.cat([mine, other[None]])) == (7, 1, math.inf)
     assert window.sample_ids(8) == [80, 81, 82, 83]
+
+
+def test_one_slow_window_is_no_usual_wait() -> None:
+    window = Window(torch.device("cpu"))
+    window.waited.extend([(0.9, 1.0)] * 2)
+    assert window.usual_wait() == 0
+    window.waited.extend([(0.0, 1.0)] * 20)
+    window.waited.append((0.9, 1.0))
+    assert window.usual_wait() == pytest.approx(0.09)
 
 
 def test_norm_is_that_of_all_as_one_vector() -> None:

@@ -9,6 +9,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ class Window:
         self.device = device
         self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, row [4] and sample ids [N], on the device
         self.settled: list[list[float]] = []  # rows averaged over the ranks; part of the checkpoint
+        self.waited: deque[tuple[float, float]] = deque(maxlen=10)  # seconds waited and in all, of the last log steps
         self.restart()
 
     def restart(self) -> None:
@@ -92,8 +94,15 @@ class Window:
         waited = self.waits + sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
         values["images_per_second"] = images_per_step * self.steps / seconds
         values["data_wait"] = min(1.0, waited / seconds)
+        self.waited.append((waited, seconds))
         self.restart()
         return values
+
+    def usual_wait(self) -> float:
+        """The share of time lost waiting for data over the last ten log steps; 0 while there were fewer than three."""
+        if len(self.waited) < 3:
+            return 0.0
+        return min(1.0, sum(waited for waited, _ in self.waited) / sum(seconds for _, seconds in self.waited))
 
 
 class Log:
@@ -189,9 +198,15 @@ def warnings_before(samples: int, batch_size: int, queue_size: int, lr: float, w
 
 
 def warnings_during(
-    metrics: dict[str, Any], queue_size: int, batch_size: int, bottleneck: str, stages: dict[str, float]
+    metrics: dict[str, Any],
+    queue_size: int,
+    batch_size: int,
+    usual_wait: float,
+    bottleneck: str,
+    stages: dict[str, float],
 ) -> dict[str, str]:
-    """What the numbers of one log step say: kind -> explanation.
+    """What the numbers of one log step say: kind -> explanation. One slow shard is no reason to warn of waiting for
+    data, hence `usual_wait`.
 
     About loss and accuracy it is silent until the queue was filled twice and 300 steps have gone by: a loss that rises
     from 0 to near chance and accuracies of 100 % are how a young queue looks.
@@ -213,12 +228,12 @@ def warnings_during(
             "easier than the image. Usual causes: batch-norm statistics that give them away (shuffle_bn false, too few "
             "bn_groups), views that are too alike (crop_min near 1), a small queue_size"
         )
-    if step > 50 and metrics["data_wait"] > 0.10:
+    if step > 50 and usual_wait > 0.10:
         parts = {name: stages[name] for name in ("read", "screen", "views", "graph") if name in stages}
         slowest = bottleneck if bottleneck in parts else max(parts, key=parts.__getitem__)
         listed = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in parts.items())
         found["data"] = (
-            f"{metrics['data_wait']:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
+            f"{usual_wait:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
             f"({listed}). What helps: more num_threads, smaller stored images (make_shards --short_side), a cache_dir "
             "for remote shards"
         )
