@@ -85,11 +85,10 @@ def test_a_window_averages_over_steps_and_ranks_and_finds_the_first_bad_loss() -
 
 def test_one_slow_window_is_no_usual_wait() -> None:
     window = Window(torch.device("cpu"))
-    window.waited.extend([(0.9, 1.0)] * 2)
+    window.waits_before.extend([0.9] * 2)
     assert window.usual_wait() == 0
-    window.waited.extend([(0.0, 1.0)] * 20)
-    window.waited.append((0.9, 1.0))
-    assert window.usual_wait() == pytest.approx(0.09)
+    window.waits_before.extend([0.02] * 7 + [0.9])
+    assert window.usual_wait() == 0.02
 
 
 def test_norm_is_that_of_all_as_one_vector() -> None:

@@ -7,6 +7,7 @@ CUDA events.
 import json
 import math
 import resource
+import statistics
 import sys
 import time
 from collections import deque
@@ -29,7 +30,7 @@ class Window:
         self.device = device
         self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, row [4] and sample ids [N], on the device
         self.settled: list[list[float]] = []  # rows averaged over the ranks; part of the checkpoint
-        self.waited: deque[tuple[float, float]] = deque(maxlen=10)  # seconds waited and in all, of the last log steps
+        self.waits_before: deque[float] = deque(maxlen=10)  # data_wait of the last log steps
         self.restart()
 
     def restart(self) -> None:
@@ -94,15 +95,13 @@ class Window:
         waited = self.waits + sum(begin.elapsed_time(end) for begin, end in self.events) / 1000
         values["images_per_second"] = images_per_step * self.steps / seconds
         values["data_wait"] = min(1.0, waited / seconds)
-        self.waited.append((waited, seconds))
+        self.waits_before.append(values["data_wait"])
         self.restart()
         return values
 
     def usual_wait(self) -> float:
-        """The share of time lost waiting for data over the last ten log steps; 0 while there were fewer than three."""
-        if len(self.waited) < 3:
-            return 0.0
-        return min(1.0, sum(waited for waited, _ in self.waited) / sum(seconds for _, seconds in self.waited))
+        """The median data_wait of the last ten log steps; 0 while there were fewer than three."""
+        return statistics.median(self.waits_before) if len(self.waits_before) >= 3 else 0.0
 
 
 class Log:
