@@ -12,6 +12,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -37,20 +38,14 @@ from pipeline.collect import Found, Listing, collect
 from pipeline.finish import finish, table
 from pipeline.pack import HashTask, Item, PackTask, hash_contents, pack
 from pipeline.plan import Planned, find_duplicates, image_numbers, plan
+from pipeline.remote import reason
 from pipeline.storage import is_remote, local_path
 from pipeline.verify import Options
 
 STATE = ".make_shards"  # in DEST: the listing and the records of finished shards, until all are
 SUMMARY = "make_shards.json"  # in DEST: what it was made from, when all is done
-LISTING = (
-    "listing.jsonl",
-    "listing.bin",
-    "listing.json",
-    "job.json",
-)  # in this order: the last one says that all are there
-OURS = re.compile(
-    r"shard-\d{6,}\.(tar|idx)|manifest\.json|rejected\.jsonl|duplicates\.jsonl|contact_sheet\.png|make_shards\.json"
-)
+LISTING = ("listing.jsonl", "listing.bin", "listing.json", "job.json")  # the last one says that all are there
+OURS = r"shard-\d{6,}\.(tar|idx)|(manifest|make_shards)\.json|(rejected|duplicates)\.jsonl|contact_sheet\.png"
 HASHED_TOGETHER = 5_000
 
 
@@ -108,14 +103,15 @@ def make_shards(
         raise FileNotFoundError(f"no such folder or file: {src}")
     if not scheduler:
         workers.warm_up()
-    if overwrite:
-        remove_ours(dest)
-    if is_complete(dest, job, write_listing):
+    if not overwrite and is_complete(dest, job, write_listing):
         return
     with state_folder(dest) as state:
         records = destination.join(dest, STATE)
+        if overwrite:
+            remove_ours(dest)
         listing = begun(state, job, dest)
         if listing is None:
+            state.mkdir(exist_ok=True)
             listing = write_listing(state)
             (state / "job.json").write_text(json.dumps(job))
             _copy_up(state, records)
@@ -200,16 +196,21 @@ def state_folder(dest: str) -> Iterator[Path]:
     """The local folder with the listing: DEST/.make_shards itself, or for a remote DEST a copy of that."""
     if not is_remote(dest):
         folder = local_path(destination.join(dest, STATE))
+        is_new = not folder.parent.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.parent, os.O_RDONLY)
         try:
+            _lock(lock, dest)
             remove_leftovers(folder.parent)
             yield folder
             remove_leftovers(folder.parent)
         finally:
+            os.close(lock)
             if not (folder / "job.json").exists():  # nothing was begun, nothing is left behind
                 shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    folder.parent.rmdir()  # if it is empty
+                if is_new:
+                    with contextlib.suppress(OSError):
+                        folder.parent.rmdir()  # if it is empty
         return
     with tempfile.TemporaryDirectory(prefix="make_shards-") as temporary:
         if set(LISTING) <= destination.names(destination.join(dest, STATE)):
@@ -219,30 +220,43 @@ def state_folder(dest: str) -> Iterator[Path]:
         yield Path(temporary)
 
 
+def _lock(folder: int, dest: str) -> None:
+    """One command at a time: it would take the other's files for what a killed one left."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another make_shards is at work in {dest}: wait for it, or end it and go on here") from None
+    except OSError:
+        pass  # not every network file system can lock a folder
+
+
 def remove_leftovers(dest: Path) -> None:
     """What workers that were killed had not finished."""
     for place in (dest, dest / "train", dest / "val"):
-        for left in place.glob(".shard-*.tmp"):
-            left.unlink(missing_ok=True)
+        for left in place.glob(".*.tmp"):
+            if re.fullmatch(rf"\.({OURS})\.\d+\.tmp", left.name):
+                left.unlink(missing_ok=True)
 
 
 def begun(state: Path, job: dict[str, Any], dest: str) -> Listing | None:
     """The listing of an interrupted run of the same job; ValueError when it was another job."""
-    if not (state / "job.json").exists():
-        if any(re.fullmatch(r".*\.tar", name) for name in destination.names(dest)):
-            raise ValueError(f"{dest} holds tars that make_shards did not begin: name another folder")
-        return None
-    before = json.loads((state / "job.json").read_text())
-    if before != job and not any(name.endswith(".json") and "shard-" in name for name in destination.names(str(state))):
-        remove_state(dest)  # no shard is done: the mistake in the earlier command costs nothing
-        state.mkdir(exist_ok=True)
-        return None
-    refuse_if_changed(before, job, dest)
-    return Listing(state)
+    records = destination.join(dest, STATE)
+    there = destination.names(records)
+    before = json.loads(destination.read(destination.join(records, "job.json"))) if "job.json" in there else {}
+    if before == job or (before and any(name.endswith(".json") and "shard-" in name for name in there)):
+        refuse_if_changed(before, job, dest)
+        return Listing(state)
+    if not there:
+        for split in ("", "train", "val") if job["holdout"] else ("",):
+            folder = destination.join(dest, split).rstrip("/")
+            if name := next((n for n in destination.names(folder) if n.endswith(".tar") or re.fullmatch(OURS, n)), ""):
+                raise ValueError(f"{folder} holds {name}, which make_shards did not begin there: name another folder")
+    remove_ours(dest)  # no shard is done: the mistake in the earlier command costs nothing
+    return None
 
 
 def refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -> None:
-    changed = [f"{name} {before.get(name)} there, {job[name]} now" for name in job if before.get(name) != job[name]]
+    changed = [f"{name} {before.get(name)!r} there, {job[name]!r} now" for name in job if before.get(name) != job[name]]
     if changed:
         raise ValueError(
             f"{dest} was made otherwise ({'; '.join(changed)}): name another folder, or add --overwrite to make it anew"
@@ -268,15 +282,17 @@ def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
 
 
 def remove_ours(dest: str) -> None:
-    """Deletes what make_shards wrote, nothing else."""
-    there = destination.names(dest)
-    if SUMMARY not in there and STATE not in there:
+    """Deletes what make_shards wrote, nothing else; killed in the middle, it can be called again."""
+    if SUMMARY not in destination.names(dest) and not destination.names(destination.join(dest, STATE)):
         return
-    destination.remove(destination.join(dest, SUMMARY))  # first: what is left then is not taken for complete
+    destination.make_folder(destination.join(dest, STATE))
+    destination.write(destination.join(dest, f"{STATE}/job.json"), b"{}")  # of no job, and what is left is ours
+    destination.remove(destination.join(dest, SUMMARY))
     for split in ("", "train", "val"):
         folder = destination.join(dest, split).rstrip("/")
-        for name in destination.names(folder):
-            if OURS.fullmatch(name):
+        there = destination.names(folder)
+        for name in there if not split or SUMMARY not in there else ():  # with its own, it is another command's DEST
+            if re.fullmatch(OURS, name):
                 destination.remove(destination.join(folder, name))
     remove_state(dest)
 
@@ -292,6 +308,7 @@ def remove_state(dest: str) -> None:
 
 def _copy_up(state: Path, records: str) -> None:
     if is_remote(records):
+        destination.make_folder(records)
         fs, path = destination.file_system(records)
         for name in LISTING:
             fs.put_file(str(state / name), f"{path}/{name}")
@@ -305,70 +322,67 @@ def _digest(place: str) -> str:
 
 def main() -> int:
     parser = ArgumentParser(prog="make_shards", description="Images -> WebDataset tar shards, their index, a manifest.")
-    add = parser.add_argument
-    add(
-        "src",
-        type=str,
-        help="folder, list (.txt .csv .tsv .parquet), .tar, .zip, shards ({000000..000099}.tar), or a URL",
+    parser.add_argument(
+        "src", type=str, help="folder, list (.txt .csv .tsv .parquet), .tar, .zip, shards ('old/*.tar'), or a URL"
     )
-    add("dest", type=str, help="folder or URL that the shards go to")
-    add("--seed", type=int, default=0, help="of the shuffle")
-    add("--workers", type=int, default=0, help="processes; 0: one for each core")
-    add(
-        "--scheduler",
-        type=str,
-        default="",
-        help="address of a Dask scheduler: its workers pack instead of local processes",
+    parser.add_argument("dest", type=str, help="folder or URL that the shards go to")
+    flags: tuple[tuple[str, int | float | str, str], ...] = (
+        ("seed", 0, "of the shuffle"),
+        ("workers", 0, "processes; 0: one for each core"),
+        ("scheduler", "", "address of a Dask scheduler: its workers pack instead of local processes"),
+        ("samples_per_shard", 10_000, "a shard is full at this many images"),
+        ("shard_bytes", 500_000_000, "or at this many bytes of images, as they are in SRC"),
+        ("labels", "auto", "auto: of the source, its folders; none; or a file of names and labels"),
+        ("classes", "", "class names in the order of their numbers: a text file or another DEST"),
+        ("holdout", 0.0, "fraction (0.1) or number (5000) of images for DEST/val, the others to DEST/train"),
+        ("dedup", False, "leave out exact duplicates (reads every image twice)"),
+        ("short_side", 0, "shrink images whose shorter side is longer than this many pixels; 0: none"),
+        ("quality", 90, "JPEG quality of what is encoded again"),
+        ("convert", False, "other formats to JPEG"),
+        ("min_side", 0, "reject images with a shorter side than this many pixels"),
+        ("max_pixels", 100_000_000, "reject images with more pixels"),
+        ("no_verify", False, "do not decode: damaged images are packed and cost samples in training"),
+        ("overwrite", False, "delete what make_shards wrote to DEST before, begin anew"),
     )
-    add("--samples_per_shard", type=int, default=10_000, help="a shard is full at this many images")
-    add("--shard_bytes", type=int, default=500_000_000, help="or at this many bytes of images, as they are in SRC")
-    add(
-        "--labels",
-        type=str,
-        default="auto",
-        help="auto: of the source, its folders; none; or a file of names and labels",
-    )
-    add(
-        "--classes", type=str, default="", help="class names in the order of their numbers: a text file or another DEST"
-    )
-    add(
-        "--holdout",
-        type=float,
-        default=0.0,
-        help="fraction (0.1) or number (5000) of images for DEST/val, the others to DEST/train",
-    )
-    add("--dedup", action="store_true", help="leave out exact duplicates (reads every image twice)")
-    add("--short_side", type=int, default=0, help="shrink images whose shorter side is longer than this many pixels")
-    add("--quality", type=int, default=90, help="JPEG quality of what is encoded again")
-    add("--convert", action="store_true", help="other formats to JPEG")
-    add("--min_side", type=int, default=0, help="reject images with a shorter side than this many pixels")
-    add("--max_pixels", type=int, default=100_000_000, help="reject images with more pixels")
-    add(
-        "--no_verify", action="store_true", help="do not decode: damaged images are packed and cost samples in training"
-    )
-    add("--overwrite", action="store_true", help="delete what make_shards wrote to DEST before, begin anew")
+    for name, default, text in flags:
+        how: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default)}
+        parser.add_argument(f"--{name}", default=default, help=text, **how)
     given = vars(parser.parse_args())
     fields = ("no_verify", "max_pixels", "min_side", "short_side", "quality", "convert")
     options = Options(**{name: given.pop(name) for name in fields})
     try:
-        for name in ("samples_per_shard", "shard_bytes"):
-            if given[name] < 1:
-                raise ValueError(f"--{name} {given[name]}: at least 1")
+        if not given["src"] or not given["dest"]:
+            raise ValueError("SRC and DEST may not be empty: an unset variable?")  # it would be this folder
+        for name, value in (given | asdict(options)).items():
+            least = 1 if name in ("samples_per_shard", "shard_bytes", "max_pixels") else 0
+            if name not in ("seed", "holdout") and isinstance(value, int) and value < least:
+                raise ValueError(f"--{name} {value}: at least {least}")
         if not 1 <= options.quality <= 100:
             raise ValueError(f"--quality {options.quality}: from 1 to 100")
-        if given["holdout"] < 0:
+        if not (0 <= given["holdout"] < 1 or (given["holdout"] >= 1 and given["holdout"].is_integer())):
             raise ValueError(f"--holdout {given['holdout']:g}: a fraction below 1, or a number of images")
         if options.no_verify:
             print("--no_verify: damaged images are packed; each will cost a sample in training", file=sys.stderr)
-        make_shards(given.pop("src"), given.pop("dest"), options=options, num_workers=given.pop("workers"), **given)
+        make_shards(options=options, num_workers=given.pop("workers"), **given)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         sys.stderr.flush()
         os._exit(130)  # without waiting for the shards in work; workers end with their parent
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = ": make room, then the same command goes on where this one stopped" if full else ""
+        where = f" ({getattr(error, 'filename', None) or given['dest']})"
+        remedy = f"{where}: make room, then the same command goes on where this one stopped" if full else ""
         print(f"error: {error}{remedy}", file=sys.stderr)
+        return 2
+    except Exception as error:  # of no credentials, no network, each file system behind a URL has its own kinds
+        places = [place for place in (given["src"], given["dest"]) if is_remote(place)]
+        if not places or isinstance(error, RuntimeError):
+            raise
+        print(
+            f"error: {' -> '.join(places)}: {reason(error)}; check address, network and credentials, then the same "
+            "command goes on where this one stopped",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

@@ -52,6 +52,8 @@ def plan(
     """The shards. `sizes` are the images' bytes, -1 unknown. `holdout`: a fraction below 1, or a number of images."""
     count = len(sizes) if kept is None else len(kept)
     held = round(holdout * count) if holdout < 1 else int(holdout)
+    if holdout and not held:
+        raise ValueError(f"--holdout {holdout:g} of {count:,} images is less than one: hold out more")
     if held >= count:
         raise ValueError(f"--holdout {holdout:g} leaves nothing of {count:,} images to train on: hold out fewer")
     splits = {"val": (0, held), "train": (held, count)} if held else {"": (0, count)}

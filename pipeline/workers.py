@@ -36,7 +36,7 @@ def executor(workers: int, scheduler: str) -> Iterator[tuple[futures.Executor, i
             raise ValueError("--scheduler takes Dask: pip install distributed") from None
         try:
             client = distributed.Client(scheduler, timeout=10)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ValueError) as error:
             raise ValueError(f"no Dask scheduler answers at {scheduler}: {error}") from None
         with client:
             threads = sum(client.nthreads().values())
@@ -107,9 +107,12 @@ def run(
 class _Lines:
     """Where nobody watches (a log file), a bar becomes a line now and then."""
 
+    last = ""
+
     def write(self, text: str) -> None:
-        if text.strip():
-            print(text.strip("\r\n "), file=sys.stderr)
+        if (line := text.strip()) and line != self.last:
+            print(line, file=sys.stderr)
+            self.last = line
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -1,8 +1,11 @@
 """make_shards: what comes out is what the contract says, the same bytes whatever the workers; options; errors."""
 
+import fcntl
 import gc
 import io
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,11 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 
+from pipeline import destination, plan, verify, workers
 from pipeline import make_shards as entry_point
-from pipeline import plan, verify, workers
 from pipeline.collect import collect
+from pipeline.finish import contact_sheet
 from pipeline.make_shards import make_shards
 from pipeline.manifest import load_manifest
 from pipeline.verify import Options, Rejected, prepare
@@ -143,6 +147,8 @@ def test_held_out_split(image_folder: Path, tmp_path: Path) -> None:
         assert load_manifest(dest / "train/manifest.json").classes == load_manifest(dest / "val/manifest.json").classes
     with pytest.raises(ValueError, match="leaves nothing of 60"):
         make(image_folder, tmp_path / "c", holdout=60)
+    with pytest.raises(ValueError, match=r"--holdout 0.001 of 60 images is less than one"):
+        make(image_folder, tmp_path / "c", holdout=0.001)
 
 
 def test_duplicates_are_left_out(image_folder: Path, tmp_path: Path) -> None:
@@ -325,9 +331,21 @@ def test_tars_of_others_are_not_touched(image_folder: Path, tmp_path: Path) -> N
     assert (tmp_path / "d/theirs.tar").read_bytes() == b"precious"
 
 
-def test_contact_sheet(shards_dir: Path) -> None:
-    sheet = Image.open(shards_dir / "contact_sheet.png")
-    assert sheet.size == (8 * 128, 6 * 140) and np.asarray(sheet).std() > 20
+def test_contact_sheet(shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image twice while there are others; captions are the classes' names, cut to their cell."""
+    cells = []
+    paste, text = Image.Image.paste, ImageDraw.ImageDraw.text
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "paste", lambda *a: cells.append(a[1].tobytes()) or paste(*a))
+        names = []
+        patch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: names.append((a[2], k["font"])) or text(*a, **k))
+        tars = [(f"shard-{i:06d}.tar", 15) for i in range(4)]
+        sheet = opened(contact_sheet(str(shards_dir), tars, ["c0", "très long nom d’une classe", "c2"], 0))
+        assert sheet.size == (8 * 128, 6 * 144) and np.asarray(sheet).std() > 20
+        assert len(set(cells)) == 48
+        assert {name for name, _ in names} == {"c0", "très long nom d’une…", "c2"}
+        assert max(font.getlength(name) for name, font in names) <= 124
+        assert opened(contact_sheet(str(shards_dir), [("shard-000000.tar", 3)], [], 0)).size == (3 * 128, 144)
 
 
 def run_file(*arguments: str | Path, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -340,6 +358,99 @@ def test_as_a_file_from_elsewhere(image_folder: Path, shards_dir: Path, tmp_path
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out/shard-000003.tar").read_bytes() == (shards_dir / "shard-000003.tar").read_bytes()
     assert "packed                60" in result.stdout and "\r" not in result.stderr
+
+
+@pytest.mark.parametrize("scheme", ["", "local://"])  # a folder; the same by way of fsspec, as any URL
+def test_another_job_after_an_interruption(
+    scheme: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dest = tmp_path / "d"
+
+    def make_some(count: int, **more: Any) -> None:
+        def interrupted(work: Any, tasks: Any, **_: Any) -> None:
+            for task in itertools.islice(tasks, count):
+                work(task)
+            raise OSError("interrupted")
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="interrupted"):
+            patch.setattr(workers, "run", interrupted)
+            make_shards(str(image_folder), f"{scheme}{dest}", options=Options(), samples_per_shard=7, **more)
+
+    make_some(3)
+    (dest / ".make_shards/shard-000002.json").unlink()  # killed before it was written
+    for name in ("shard-000004.tar", "contact_sheet.png"):
+        (dest / f".{name}.123.tmp").write_bytes(b"a killed worker's")
+    with pytest.raises(ValueError, match=r"was made otherwise \(seed 0 there, 1 now\): name another folder, or add"):
+        make_some(1, seed=1)
+    for number in range(2):
+        (dest / f".make_shards/shard-00000{number}.json").unlink()
+    make_some(1, holdout=0.5)  # nothing was done, so nothing is lost; and nothing is left
+    assert [p.relative_to(dest) for p in dest.rglob("*.tar")] == [Path("val/shard-000000.tar")]
+    remove, removed = destination.remove, []
+
+    def remove_one(place: str) -> None:
+        if place.endswith(".tar"):
+            if removed:
+                raise OSError("interrupted")
+            removed.append(place)
+        remove(place)
+
+    again: dict[str, Any] = {"options": Options(), "num_workers": 1}
+    make_shards(str(image_folder), f"{scheme}{dest}", samples_per_shard=7, overwrite=True, **again)
+    with monkeypatch.context() as patch:
+        patch.setattr(destination, "remove", remove_one)
+        make_some(1, overwrite=True)
+    make_shards(str(image_folder), f"{scheme}{dest}", samples_per_shard=20, **again)
+    make(image_folder, tmp_path / "expected", samples_per_shard=20)
+    made, expected = digests(dest), digests(tmp_path / "expected")
+    if scheme:
+        made = {name: content for name, content in made.items() if not name.endswith(".tmp")}
+    assert made == expected
+
+
+def test_what_others_made_is_left_alone(image_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards_dir, tmp_path / "d/train")
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match=r"d/train holds .*, which make_shards did not begin there"):
+        make(image_folder, tmp_path / "d", holdout=0.1, overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/manifest.json").write_text("my own")
+    with pytest.raises(ValueError, match=r"mine holds manifest.json"):
+        make(image_folder, tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="leaves nothing"):
+        make(image_folder, tmp_path / "empty", holdout=60)
+    shutil.rmtree(tmp_path / "mine")
+    shutil.rmtree(tmp_path / "empty")  # it is still there
+    assert digests(tmp_path) == before
+
+
+def test_one_command_at_a_time(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    folder = os.open(tmp_path / "d", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another make_shards is at work in"):
+        make(image_folder, tmp_path / "d")
+    os.close(folder)
+    assert make(image_folder, tmp_path / "d")["packed"] == 60
+
+
+def test_errors_of_file_systems_are_one_line(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NoCredentialsError(Exception):  # botocore's is neither an OSError nor a ValueError
+        pass
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(destination, "names", refuse)
+    monkeypatch.setattr(sys, "argv", ["make_shards", str(image_folder), "local:///nowhere/d"])
+    assert entry_point.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: local:///nowhere/d: NoCredentialsError: Unable to locate credentials; check address"
+    )
 
 
 def test_progress_in_a_log_file(
@@ -361,7 +472,7 @@ def test_progress_in_a_log_file(
     listing = [line for line in lines if re.fullmatch(r"listing: \d+ images \[00:\d\d, .*images.*\]", line)]
     assert len(listing) >= 2 and listing[-1].startswith("listing: 60 images")
     packing = [line for line in lines if re.match(r"packing: .* \d+/60 \[.*images.* MB/s\]", line)]
-    assert packing and len(listing) + len(packing) == len(lines)
+    assert packing and len(listing) + len(packing) == len(lines) == len(set(lines))
 
 
 @pytest.mark.parametrize(
@@ -370,6 +481,10 @@ def test_progress_in_a_log_file(
         ("folder", ["--samples_per_shard", "0"], "at least 1"),
         ("folder", ["--quality", "101"], "from 1 to 100"),
         ("folder", ["--holdout", "-1"], "fraction below 1"),
+        ("folder", ["--holdout", "1.5"], "fraction below 1, or a number of images"),
+        ("folder", ["--workers", "-1"], "--workers -1: at least 0"),
+        ("folder", ["--short_side", "-5"], "--short_side -5: at least 0"),
+        ("folder", ["--max_pixels", "0"], "--max_pixels 0: at least 1"),
         ("folder", ["--labels", "nowhere.txt"], "nowhere.txt"),
         ("folder/nowhere", [], "no such folder or file: .*/nowhere"),
         ("empty", [], "no images in .*/empty: it holds 1 md"),
