@@ -148,10 +148,7 @@ def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:
             )
         yield from (entry._replace(label=label) for entry, label in zip(listed, lines))
         return
-    table = {}
-    for line in lines:
-        name, label = _name_and_label(line)
-        table[name] = label
+    table = dict(_names_and_labels(lines, place))
     for entry in entries:
         base = entry.name.rpartition("/")[2]
         stem = base.removesuffix("." + base.rpartition(".")[2])
@@ -161,15 +158,32 @@ def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:
         yield entry._replace(label=table[known])
 
 
-def _name_and_label(line: str) -> tuple[str, str]:
-    """`name,label`, `name<tab>label` or `name label`; of Kaggle's `name,n01440764 10 20 30 40` the first word."""
-    for mark in "\t,":
-        if mark in line:
-            name, _, label = line.partition(mark)
-            words = label.split()
-            return name.strip(), words[0] if len(words) > 1 and len(words) % 5 == 0 else label.strip()
-    name, _, label = line.rpartition(" ")
-    return name.strip(), label
+def _names_and_labels(lines: list[str], place: str) -> Iterator[tuple[str, str]]:
+    """Of `name label`; of columns with commas or tabs the named ones, else the first and what follows it.
+
+    Of Kaggle's `name,n01440764 10 20 30 40` the first word.
+    """
+    mark = next((mark for mark in "\t," if mark in lines[0]), None)
+    if mark is None:
+        for line in lines:
+            name, _, label = line.rpartition(" ")
+            yield name.strip(), label
+        return
+    header: list[str] = []
+    for cells in _lines(csv.reader(lines, delimiter=mark), place):
+        header = header or [cell.strip().lower() for cell in cells]
+        name_at, label_at = (next((header.index(n) for n in names if n in header), -1) for names in (PATHS, LABELS))
+        if min(name_at, label_at) < 0:
+            yield cells[0].strip(), _first_word(mark.join(cells[1:]))
+        elif len(cells) == len(header):
+            yield cells[name_at].strip(), _first_word(cells[label_at])
+        else:
+            raise ValueError(f"{place}: {len(cells)} columns in `{mark.join(cells)}`, {len(header)} in the first line")
+
+
+def _first_word(label: str) -> str:
+    words = label.split()
+    return words[0] if len(words) > 1 and len(words) % 5 == 0 else label.strip()
 
 
 def class_names(place: str) -> list[str]:

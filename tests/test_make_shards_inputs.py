@@ -264,6 +264,27 @@ def test_imagenet(imagenet: Path, image_folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_label_files_as_people_have_them(image_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    images = sorted(image_folder.rglob("*.jpg"))[:3]
+    truth = list(zip(images, ("cat", "dog, small", "bird")))
+    for i, image in enumerate(images):
+        (folder / f"{i}.jpg").write_bytes(image.read_bytes())
+    place = tmp_path / "labels.csv"
+    for text in (
+        'width,File,label\n640,0.jpg,cat\n640,1.jpg,"dog, small"\n640,2.jpg,bird\n',
+        '"0.jpg","cat"\n"1.jpg","dog, small"\n"2.jpg","bird"\n',
+        "\ufeff0,cat\r\n1,dog, small\r\n2,bird\r\n",
+    ):
+        place.write_text(text)
+        make(folder, tmp_path / "d", labels=str(place), overwrite=True)
+        assert labelled(tmp_path / "d") == Counter((image.read_bytes(), label) for image, label in truth), text
+    place.write_text("file,label\n0.jpg,cat\n1.jpg,dog, small\n2.jpg,bird\n")
+    with pytest.raises(ValueError, match=r"3 columns in `1.jpg,dog, small`, 2 in the first line"):
+        make(folder, tmp_path / "d", labels=str(place), overwrite=True)
+
+
 def test_class_tars_side_by_side(imagenet: Path, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     with tarfile.open(imagenet / "ILSVRC2012_img_train.tar") as tar:
