@@ -218,7 +218,7 @@ def test_a_told_launcher_leaves_no_rank_behind(shards_dir: Path, tmp_path: Path)
         wait_for_step(out, 3)
         child = ranks_of(launcher)[0]
         launcher.send_signal(signal.SIGTERM)
-        launcher.wait(20)
+        assert launcher.wait(20) == -signal.SIGTERM  # 143 to a shell, while the child still saves
         deadline = time.monotonic() + 30
         while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
