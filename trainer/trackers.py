@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 import recipe as recipes
 from recipe import Recipe
 from trainer.watch import Log
@@ -24,7 +22,7 @@ def check(names: Sequence[str]) -> None:
             raise ValueError(f"tracker {name} is not installed: pip install {name}, or leave it out of --trackers")
 
 
-def start(accelerator: Accelerator, r: Recipe, step: int) -> None:
+def start(accelerator: Any, r: Recipe, step: int) -> None:
     """TensorBoard goes into RUN/moco; W&B gets the recipe, and goes on with the W&B run of this folder. Raises
     ValueError when a tracker does not start.
     """
@@ -54,14 +52,14 @@ def wandb_options(out: Path) -> dict[str, Any]:
     return {"name": out.name, "id": file.read_text().strip(), "resume": "allow", "dir": str(out)}
 
 
-def track(accelerator: Accelerator, log: Log, metrics: dict[str, Any]) -> None:
+def track(accelerator: Any, log: Log, metrics: dict[str, Any]) -> None:
     try:
         accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
     except Exception as error:  # a full disk, W&B's process killed
         log.warn({"trackers": f"a tracker fails, its curves may end here: {type(error).__name__}: {error}"})
 
 
-def finish(accelerator: Accelerator) -> None:
+def finish(accelerator: Any) -> None:
     """The run is saved and over by now."""
     try:
         accelerator.end_training()
