@@ -39,7 +39,11 @@ def several(archives: list[str], found: Found) -> Iterator[Entry]:
 def _opened(place: str) -> Iterator[BinaryIO]:
     if is_remote(place):
         fs, path = destination.file_system(place)
-        with fs.open(path, "rb") as file:
+        try:
+            opened = fs.open(path, "rb")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no such archive: {place}") from None
+        with opened as file:
             yield file
     elif not local_path(place).is_file():
         raise FileNotFoundError(f"no such archive: {place}")

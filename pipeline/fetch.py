@@ -57,6 +57,7 @@ def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
                     if entry.size < 0 and not is_remote(entry.path) and not os.path.isfile(entry.path):  # noqa: PTH113
                         raise Rejected("no such file", entry.path)
                     contents = [_local(a, archives) if isinstance(a, Part) else _checked(a) for a in arrived]
+                    _check_sizes(of_entry, contents, entry)
                     if entry.packing is not None:
                         contents[0] = _unzip(contents[0], entry, archives)
                     yield contents
@@ -72,6 +73,17 @@ def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
                     yield Rejected("permission denied", str(error))
                 except Rejected as why:
                     yield why
+
+
+def _check_sizes(parts: list[Part], contents: list[bytes], entry: Entry) -> None:
+    """Of a zip's member more was asked for than there may be."""
+    for part, content in zip(parts, contents):
+        least = 0 if entry.packing is not None else part.size
+        if part.offset >= 0 and not least <= len(content) <= part.size:
+            raise ValueError(
+                f"{part.path}: {len(content):,} bytes where {part.size:,} at {part.offset:,} were asked for: it "
+                "changed since it was listed, or its server cannot send parts of files"
+            )
 
 
 def _close(archives: "OrderedDict[str, int]") -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.collect import Found, Listing, collect
+from pipeline import fetch
+from pipeline.collect import Entry, Found, Listing, collect
 from pipeline.make_shards import make_shards
-from pipeline.verify import EXTENSIONS, Options
+from pipeline.verify import EXTENSIONS, Options, Rejected
 
 
 def make(src: Path | str, dest: Path | str, **more: Any) -> dict[str, Any]:
@@ -392,6 +393,46 @@ def test_damaged_archives_are_errors(image_folder: Path, tmp_path: Path) -> None
     (tmp_path / "gz.tar").write_bytes((tmp_path / "a.tar.gz").read_bytes())
     with pytest.raises(ValueError, match="not a tar"):
         make(tmp_path / "gz.tar", tmp_path / "d")
+
+
+class Server:
+    """As fsspec has it: refuses what is named so, and may send whole files where parts are asked for."""
+
+    sends_parts = True
+
+    def _strip_protocol(self, path: str) -> str:
+        return path
+
+    def cat_ranges(self, paths: list[str], begins: list[int], ends: list[int], on_error: str) -> list[Any]:
+        return [self._answer(*asked) for asked in zip(paths, begins, ends)]
+
+    def _answer(self, path: str, begin: int, end: int) -> Any:
+        error = OSError("forbidden")
+        error.status = 403  # type: ignore[attr-defined]  # as aiohttp's
+        content = bytes(range(100))
+        return error if "refused" in path else content[begin:end] if self.sends_parts else content
+
+
+def test_answers_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is refused costs its image, and what comes after it stays with its own."""
+    monkeypatch.setattr(fetch, "file_system", lambda _: (Server(), ""))
+    names = ("a", "refused", "c")
+    entries = [Entry(f"http://x/{n}.tar", 10 * i, 5, "n", beside=[("cls", 10 * i + 5, 2)]) for i, n in enumerate(names)]
+    answers = list(fetch.fetch(entries))
+    assert [a.reason if isinstance(a, Rejected) else a for a in answers] == [
+        [bytes(range(5)), bytes(range(5, 7))],
+        "refused by its server",
+        [bytes(range(20, 25)), bytes(range(25, 27))],
+    ]
+    monkeypatch.setattr(Server, "sends_parts", False)
+    with pytest.raises(ValueError, match=r"100 bytes where 5 at 0 were asked for: .* cannot send parts"):
+        list(fetch.fetch(entries))
+
+
+def test_an_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match=r"a.tar: 100 bytes where 200 at 900 were asked for: it changed since"):
+        list(fetch.fetch([Entry(str(tmp_path / "a.tar"), 900, 200, "x.jpg")]))
 
 
 def test_zip(image_folder: Path, tmp_path: Path) -> None:
