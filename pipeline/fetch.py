@@ -20,6 +20,7 @@ TOGETHER = 32  # remote requests in flight
 ATTEMPTS = 4  # of a remote read, before it is an error
 OPEN_ARCHIVES = 64
 ZIP_HEADER = 30
+LARGEST_MEMBER = 1 << 30  # bytes that a member of a zip may unpack to: there are zip bombs
 ZIP_SLACK = 256  # how much longer than in the directory a member's own header may be before it takes a second read
 
 
@@ -161,7 +162,13 @@ def _unzip(blob: bytes, entry: Entry, archives: "OrderedDict[str, int]") -> byte
         longer = Part(entry.path, entry.offset, begin + entry.size)
         blob = _checked(_remote([longer])[0]) if is_remote(entry.path) else _local(longer, archives)
     data = blob[begin : begin + entry.size]
+    if entry.packing == 0:
+        return data
+    inflater = zlib.decompressobj(-15)
     try:
-        return zlib.decompress(data, -15) if entry.packing == 8 else data
+        data = inflater.decompress(data, LARGEST_MEMBER)
     except zlib.error as error:
         raise Rejected("zip member not readable", str(error)) from None
+    if not inflater.eof:
+        raise Rejected("zip member not readable", f"cut short, or more than {LARGEST_MEMBER:,} bytes")
+    return data

@@ -429,6 +429,16 @@ def test_answers_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
         list(fetch.fetch(entries))
 
 
+def test_zip_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("small.jpg", bytes(10_000))
+        archive.writestr("large.jpg", bytes(10_001))
+    monkeypatch.setattr(fetch, "LARGEST_MEMBER", 10_000)
+    small, large = fetch.fetch(collect(str(tmp_path / "a.zip"), Found()))
+    assert small == [bytes(10_000)]
+    assert isinstance(large, Rejected) and "more than 10,000 bytes" in large.detail
+
+
 def test_an_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(1000))
     with pytest.raises(ValueError, match=r"a.tar: 100 bytes where 200 at 900 were asked for: it changed since"):
