@@ -102,6 +102,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
     del state
     dictionary.check_ranks(net)
 
+    if r.trackers and not r.profile:
+        trackers.start(accelerator, r, step)
     log = Log(out, step=step, total=total, enabled=rank == 0 and not r.profile)
     profile = None
     if r.profile:
@@ -113,8 +115,6 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         recipes.save(r, out / "recipe.yaml")
         if step < total:
             (out / "finished").unlink(missing_ok=True)
-    if r.trackers and not r.profile:
-        trackers.start(accelerator, r, step)
     writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
     start.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
     if step >= total:
