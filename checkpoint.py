@@ -5,6 +5,7 @@ Written beside, fsynced, renamed: a file named step_00000100.pt is whole. Read b
 Nothing is unpickled but tensors and plain values (`weights_only`).
 """
 
+import contextlib
 import os
 import pickle
 import sys
@@ -148,11 +149,9 @@ class Writer:
             self.problem = ""
         except OSError as error:
             self.problem = str(error)
-            print(
-                f"warning: step {step} not saved ({error}); the last checkpoint is {self.last_good or 'none'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"warning: step {step} not saved ({error}); the last checkpoint is {self.last_good or 'none'}"
+            with contextlib.suppress(OSError):  # the log may be on the same disk
+                print(said, file=sys.stderr, flush=True)
         self.seconds = time.perf_counter() - begin
 
 

@@ -146,8 +146,22 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         window.restart()
         return time.perf_counter() - began
 
+    def judge() -> None:
+        assert monitor is not None
+        phase("knn")
+        accuracy = monitor(net, device, accelerator.autocast())
+        found = {"step": step, "epoch": step / per_epoch, "knn": accuracy}
+        log.write(found)
+        trackers.track(accelerator, log, found)
+        log.say(f"step {step}  epoch {step / per_epoch:.2f}  kNN {accuracy:.1%}")
+        window.restart()
+
     # --- train --------------------------------------------------------------------------------------------------------
     stop.begin(control)
+    knn_steps = r.knn_every * per_epoch
+    resumed_at_knn = knn_steps > 0 and step > 0 and step % knn_steps == 0 and not r.profile
+    if resumed_at_knn and not gather_objects(log.has("knn", step), control)[0]:
+        judge()  # a kill in its middle had lost it: the checkpoint comes before it
     saved, save_seconds, skipped = step, 0.0, 0
     while step < total and not stop.asked():
         watchdog.next_step(step)
@@ -242,18 +256,12 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
             slowest = loader.bottleneck(stages)
             log.warn(warnings_during(metrics, r.queue_size, r.batch_size, window.usual_wait(), slowest, stages))
 
-        knn_due = monitor is not None and step % (r.knn_every * per_epoch) == 0
+        knn_due = knn_steps > 0 and step % knn_steps == 0
         keep_for_good = r.keep_every > 0 and step % (r.keep_every * per_epoch) == 0
         if (step % r.save_every == 0 or step == total or keep_for_good or knn_due) and not r.profile:
             save_seconds, saved = save(), step
-        if monitor is not None and knn_due:
-            phase("knn")
-            accuracy = monitor(net, device, accelerator.autocast())
-            found = {"step": step, "epoch": step / per_epoch, "knn": accuracy}
-            log.write(found)
-            trackers.track(accelerator, log, found)
-            log.say(f"step {step}  epoch {step / per_epoch:.2f}  kNN {accuracy:.1%}")
-            window.restart()
+            if knn_due:
+                judge()
 
     if profile is not None:
         print(profile.table(r.batch_size))
@@ -321,20 +329,6 @@ def stop_if_not_finite(window: Window, accelerator: Accelerator, control: Any, w
     )
 
 
-def what_to_lower(r: Recipe, ranks: int) -> str:
-    """Advice for a GPU that is too small, the least harmful first."""
-    options = [] if r.precision in ("bf16", "fp16") else ["precision bf16"]
-    each = r.images_per_rank(ranks)
-    if each // r.bn_groups_per_rank(ranks) >= 8:
-        options.append(f"accumulate {2 * r.accumulate} ({each // 2} images at a time, not {each}; lr as it is)")
-    options += [
-        f"more GPUs than {ranks}",
-        f"batch_size {r.batch_size // 2} with lr {r.lr / 2:g}",
-        "a smaller image_size",
-    ]
-    return "Out of memory: try " + ", or ".join(options)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Ends the process with 2 when the user has to change something, with 1 when the run failed."""
     r = recipes.parse(arguments)
@@ -374,7 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         code, said = 2, str(error)
     except torch.OutOfMemoryError as error:
-        said = f"{str(error).splitlines()[0]} {what_to_lower(r, accelerator.num_processes)}"
+        said = f"{str(error).splitlines()[0]} {start.what_to_lower(r, accelerator.num_processes)}"
     except OSError as error:  # the disk of the run folder
         said = str(error)
     except Exception as error:

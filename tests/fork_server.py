@@ -5,6 +5,7 @@ ranks and answers {"pids": [...]}; {"wait": [pids], "timeout": seconds} answers 
 runs. An item of "arguments" that is a list is one rank's own value each.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -55,8 +56,9 @@ def child(command: dict[str, Any], rank: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

@@ -196,6 +196,17 @@ def test_the_knn_monitor_disturbs_nothing(runs: Runs, shards_dir: Path, undistur
     assert_same(one["encoder"], other["encoder"])
 
 
+def test_a_kill_during_knn_does_not_cost_it(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    options = {"knn_data": shards_dir, "knn_every": 2, "max_steps": 12}
+    patch = "import os; from transfer import knn; knn.monitor = lambda *_, **__: os._exit(9)"
+    assert runs.train(out, shards_dir, patch=patch, **options) == [9]
+    for _ in range(2):
+        assert runs.train(out, shards_dir, **options) == [0], log_of(out).read_text()
+    assert [row["step"] for row in metrics(out) if "knn" in row] == [10]
+    assert losses(out) == losses(undisturbed)[:12]
+
+
 def test_log_steps_do_not_change_what_is_logged(
     runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -287,6 +298,15 @@ def test_a_full_disk_costs_a_warning_and_at_the_end_an_error(
     assert "File too large); the same command repeats them" in said.splitlines()[-1].replace("'", "")
     assert not (out / "finished").exists()
     assert checkpoint.list_steps(out) == [3]
+    assert losses(out) == losses(undisturbed)
+
+
+def test_a_log_that_cannot_be_written_costs_no_step(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "unheard"
+    log_of(out).symlink_to("/dev/full")
+    assert runs.train(out, shards_dir) == [0]
     assert losses(out) == losses(undisturbed)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ def test_lines_behind_the_checkpoint_and_half_lines_go(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step, "loss": 0.1}) + "\n" for step in range(1, 9)) + '{"step": 9, "lo')
     drop_lines_after(path, 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines(tmp_path: Path) -> None:
+    """A limit on the file's size stands in for the disk."""
+    log = Log(tmp_path, step=0, total=10, enabled=True)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, room in ((1, 100), (2, 30), (3, 1000)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))
+        try:
+            log.write({"step": step, "knn": 0.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3]
+    assert log.has("knn", 3)
+    assert not log.has("loss", 3)
+    assert not log.has("knn", 2)
 
 
 def test_a_warning_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

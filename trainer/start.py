@@ -219,3 +219,17 @@ def introduce(
         log.say(f"note: {r.arch} has no batch norm, so there is nothing to shuffle")
     elif not r.shuffle_bn:
         log.say("note: shuffle_bn is off: query and key share batch statistics (the paper's negative control)")
+
+
+def what_to_lower(r: Recipe, ranks: int) -> str:
+    """Advice for a GPU that is too small, the least harmful first."""
+    options = [] if r.precision in ("bf16", "fp16") else ["precision bf16"]
+    each = r.images_per_rank(ranks)
+    if each // r.bn_groups_per_rank(ranks) >= 8:
+        options.append(f"accumulate {2 * r.accumulate} ({each // 2} images at a time, not {each}; lr as it is)")
+    options += [
+        f"more GPUs than {ranks}",
+        f"batch_size {r.batch_size // 2} with lr {r.lr / 2:g}",
+        "a smaller image_size",
+    ]
+    return "Out of memory: try " + ", or ".join(options)

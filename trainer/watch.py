@@ -4,8 +4,11 @@ Between log steps nothing here waits for the device: losses stay tensors, and th
 CUDA events.
 """
 
+import contextlib
+import errno
 import json
 import math
+import os
 import resource
 import statistics
 import sys
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+UNHEARD = contextlib.suppress(OSError)  # a log file on a full disk, a terminal that is gone: no reason to end a run
 FIELDS = ("loss", "accuracy", "positive_logit", "negative_logit")  # of a row
 
 
@@ -122,16 +126,21 @@ class Log:
 
     def step(self) -> None:
         if self.bar is not None:
-            self.bar.update()
+            with UNHEARD:
+                self.bar.update()
 
     def write(self, values: dict[str, Any]) -> None:
         if not self.enabled:
             return
         # What is not finite (the gradient norm of a step that fp16 skipped) is no JSON.
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        line = json.dumps({k: _rounded(k, v) for k, v in values.items()}).encode() + b"\n"
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({k: _rounded(k, v) for k, v in values.items()}) + "\n")
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(end)  # half a line would spoil the next one
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:  # a full disk costs the line, not the run
             self.warn({"metrics": f"cannot write {self.path}: {error}"})
         if "loss" not in values:
@@ -139,27 +148,38 @@ class Log:
         step, wait, left = values["step"], values["data_wait"], _duration(values["seconds_left"])
         shown = f"loss {values['loss']:.3f}  lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{shown}  wait {wait:.0%}  {left} left")
+            with UNHEARD:
+                self.bar.set_postfix_str(f"{shown}  wait {wait:.0%}  {left} left")
         elif time.monotonic() - self.printed > 10 or step == self.total:
             self.printed = time.monotonic()
             where = f"step {step}/{self.total}  epoch {values['epoch']:.2f}"
-            print(f"{where}  {shown}  data wait {wait:.0%}  {left} left", flush=True)
+            self.say(f"{where}  {shown}  data wait {wait:.0%}  {left} left")
+
+    def has(self, field: str, step: int) -> bool:
+        """Whether metrics.jsonl has a value of this field at the step; rank 0's answer counts."""
+        if not self.enabled or not self.path.is_file():
+            return False
+        rows = map(json.loads, self.path.read_text().splitlines())
+        return any(row["step"] == step and field in row for row in rows)
 
     def say(self, text: str) -> None:
         if self.enabled:
-            tqdm.write(text, file=sys.stdout if self.bar is None else sys.stderr)
-            sys.stdout.flush()
+            with UNHEARD:
+                tqdm.write(text, file=sys.stdout if self.bar is None else sys.stderr)
+                sys.stdout.flush()
 
     def warn(self, found: dict[str, str]) -> None:
         """kind -> text; each kind is said once in a process."""
         for kind, text in found.items():
             if self.enabled and kind not in self.said:
                 self.said.add(kind)
-                tqdm.write(f"warning: {text}", file=sys.stderr)
+                with UNHEARD:
+                    tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with UNHEARD:
+                self.bar.close()
 
 
 def drop_lines_after(path: Path, step: int) -> None:
