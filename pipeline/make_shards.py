@@ -101,6 +101,8 @@ def make_shards(
 
     if not is_remote(src) and not is_pattern(src) and not Path(src).exists():
         raise FileNotFoundError(f"no such folder or file: {src}")
+    if src.rstrip("/") == dest.rstrip("/"):
+        raise ValueError(f"SRC and DEST are both {src}: name another DEST, such as {destination.join(src, 'shards')}")
     if not scheduler:
         workers.warm_up()
     if not overwrite and is_complete(dest, job, write_listing):
@@ -198,19 +200,17 @@ def state_folder(dest: str) -> Iterator[Path]:
         folder = local_path(destination.join(dest, STATE))
         is_new = not folder.parent.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.parent, os.O_RDONLY)
-        try:
-            _lock(lock, dest)
-            remove_leftovers(folder.parent)
-            yield folder
-            remove_leftovers(folder.parent)
-        finally:
-            os.close(lock)
-            if not (folder / "job.json").exists():  # nothing was begun, nothing is left behind
-                shutil.rmtree(folder, ignore_errors=True)
-                if is_new:
-                    with contextlib.suppress(OSError):
-                        folder.parent.rmdir()  # if it is empty
+        with _locked(folder.parent):
+            try:
+                remove_leftovers(folder.parent)
+                yield folder
+                remove_leftovers(folder.parent)
+            finally:
+                if not (folder / "job.json").exists():  # nothing was begun, nothing is left behind
+                    shutil.rmtree(folder, ignore_errors=True)
+                    if is_new:
+                        with contextlib.suppress(OSError):
+                            folder.parent.rmdir()  # if it is empty
         return
     with tempfile.TemporaryDirectory(prefix="make_shards-") as temporary:
         if set(LISTING) <= destination.names(destination.join(dest, STATE)):
@@ -220,14 +220,20 @@ def state_folder(dest: str) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _lock(folder: int, dest: str) -> None:
+@contextlib.contextmanager
+def _locked(dest: Path) -> Iterator[None]:
     """One command at a time: it would take the other's files for what a killed one left."""
+    folder = os.open(dest, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another make_shards is at work in {dest}: wait for it, or end it and go on here") from None
-    except OSError:
-        pass  # not every network file system can lock a folder
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another make_shards is at work in {dest}: wait for it, or end it first") from None
+        except OSError:
+            pass  # not every network file system can lock a folder
+        yield
+    finally:
+        os.close(folder)
 
 
 def remove_leftovers(dest: Path) -> None:
@@ -269,6 +275,10 @@ def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
         return False
     summary = json.loads(destination.read(destination.join(dest, SUMMARY)))
     refuse_if_changed(summary["job"], job, dest)
+    for split, count in summary["shards"].items():
+        folder = destination.join(dest, split).rstrip("/")
+        if (missing := count - sum(name.endswith(".tar") for name in destination.names(folder))) > 0:
+            raise ValueError(f"{missing} of {count} shards are missing in {folder}: add --overwrite to make it anew")
     with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
         listing = write_listing(Path(folder))
         if listing.summary["digest"] != summary["digest"]:

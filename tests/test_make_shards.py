@@ -313,6 +313,12 @@ def test_a_finished_destination(image_folder: Path, tmp_path: Path, capsys: pyte
     assert "is complete" in capsys.readouterr().out and digests(tmp_path / "d") == before
     with pytest.raises(ValueError, match=r"samples_per_shard 20 there, 30 now.*--overwrite"):
         make(source, tmp_path / "d", samples_per_shard=30)
+    (tmp_path / "d/shard-000001.tar").rename(tmp_path / "elsewhere.tar")
+    with pytest.raises(ValueError, match=r"1 of 3 shards are missing in .*--overwrite"):
+        make(source, tmp_path / "d", samples_per_shard=20)
+    (tmp_path / "elsewhere.tar").rename(tmp_path / "d/shard-000001.tar")
+    with pytest.raises(ValueError, match=r"SRC and DEST are both .*: name another DEST"):
+        make(source, f"{source}/")
     (source / "class_0/image_000.jpg").unlink()
     with pytest.raises(ValueError, match=r"60 images .* \(59 now\).*--overwrite"):
         make(source, tmp_path / "d", samples_per_shard=20)
@@ -426,11 +432,13 @@ def test_what_others_made_is_left_alone(image_folder: Path, shards_dir: Path, tm
 
 
 def test_one_command_at_a_time(image_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "d").mkdir()
+    (tmp_path / "d/.make_shards").mkdir(parents=True)
+    (tmp_path / "d/.make_shards/listing.jsonl").write_text("the other's")
     folder = os.open(tmp_path / "d", os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     with pytest.raises(ValueError, match="another make_shards is at work in"):
         make(image_folder, tmp_path / "d")
+    assert (tmp_path / "d/.make_shards/listing.jsonl").read_text() == "the other's"
     os.close(folder)
     assert make(image_folder, tmp_path / "d")["packed"] == 60
 
