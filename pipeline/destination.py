@@ -24,7 +24,8 @@ def join(place: str, name: str) -> str:
 def make_folder(place: str) -> None:
     if is_remote(place):
         fs, path = file_system(place)
-        fs.makedirs(path, exist_ok=True)  # a bucket has no folders: nothing happens there
+        if path.startswith("/"):  # a bucket has no folders, and one that is not there is a mistake in its name
+            fs.makedirs(path, exist_ok=True)
     else:
         local_path(place).mkdir(parents=True, exist_ok=True)
 

@@ -503,3 +503,5 @@ def test_from_and_to_an_object_store(bucket: str, image_folder: Path, tmp_path: 
     assert labelled(tmp_path / "again") == by_folder(image_folder)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         make(f"{bucket}/nothing", tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="bucket does not exist"):
+        make(image_folder, "s3://thinsg/shards")  # not made on the way
