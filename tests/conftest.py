@@ -6,10 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from training import Runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -95,6 +99,16 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 tensor.mul_(1.5)
     checkpoint.save(folder, {"encoder": encoder.state_dict(), "step": 7}, step=7, keep=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator["Runs"]:
+    """Starts trainings quickly: one process for all tests has imported torch and DALI, and forks them."""
+    from training import Runs  # which imports this module
+
+    server = Runs()
+    yield server
+    server.close()
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 takes a minute to build on a CPU; tests/test_train_gpu.py has Inductor.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ import torch
 compile = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self: compile(self, backend="aot_eager", fullgraph=True)
 """
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    server = Runs()
-    yield server
-    server.close()
 
 
 @pytest.mark.slow

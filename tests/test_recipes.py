@@ -1,6 +1,5 @@
 """Every published recipe trains: two steps of each with a small encoder and few, small images."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,6 @@ from training import Runs, log_of, losses, metrics
 import recipe as recipes
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    server = Runs()
-    yield server
-    server.close()
 
 
 def test_the_published_ones_are_here() -> None:

@@ -18,13 +18,6 @@ from training import Runs, log_of, losses, metrics, wait_for_step
 import checkpoint
 
 
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    server = Runs()
-    yield server
-    server.close()
-
-
 def test_tensorboard_shows_each_step_once_whenever_the_run_was_killed(
     runs: Runs, shards_dir: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,6 @@ from training import Runs, log_of, losses, metrics, wait_for_step
 import checkpoint
 
 STEPS = 20  # 60 images, 12 a step, 4 epochs
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    server = Runs()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

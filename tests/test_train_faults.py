@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from conftest import REPOSITORY, cpu_environment, free_port
 from training import TINY, Runs, log_of, losses, wait_for_step
 
 import checkpoint
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    server = Runs()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +75,7 @@ Loader.__next__ = stuck_somewhere
     assert "stuck_somewhere" in text  # the stack of the rank that hangs
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_no_rank_that_hangs(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Rank 0 waits for its last write before the next one; the others wait for rank 0 in their next step."""
     out = tmp_path / "slow"

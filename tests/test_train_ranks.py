@@ -1,7 +1,6 @@
 """Several ranks over gloo: the same run as one rank's, told at once when they were not started alike."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,6 @@ def taking(self):
     return batch
 Loader.__next__ = taking
 """
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    server = Runs()
-    yield server
-    server.close()
 
 
 def ids(folder: Path, name: str) -> list[list[int]]:
