@@ -276,6 +276,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
             log.say(f"curves: {curves.draw(out)}")
         except Exception as error:  # a full disk, nothing to draw yet: no reason for a run to fail at its end
             log.say(f"no curves: {error}")
+    gather_objects(None, control)  # nobody leaves before rank 0's disk is done: who is gone counts as lost
     if writer.problem:
         raise OSError(f"the last steps are not saved ({writer.problem}); the same command repeats them")
     if rank == 0 and step >= total and not r.profile:

@@ -77,13 +77,13 @@ Loader.__next__ = stuck_somewhere
 
 @pytest.mark.slow
 def test_a_slow_disk_is_no_rank_that_hangs(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Rank 0 waits for its last write before the next one; the others wait for rank 0 in their next step."""
+    """Rank 0 waits for its last write before the next one and at the end; the others wait for rank 0."""
     out = tmp_path / "slow"
     patch = """
 import time, checkpoint
 save = checkpoint.save
 def slow(*arguments, step, **options):
-    time.sleep(9 if step == 4 else 0)
+    time.sleep(9 if step in (4, 20) else 0)
     return save(*arguments, step=step, **options)
 checkpoint.save = slow
 """

@@ -185,6 +185,7 @@ def build_monitor(
                 world_size=ranks,
                 device=device,
                 num_threads=r.num_threads or None,
+                cache_dir=r.cache_dir or None,
             )
 
     return monitor

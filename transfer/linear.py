@@ -3,12 +3,13 @@
     accelerate launch -m transfer.linear --run runs/photos --train shards/in1m/train --val shards/in1m/val
 
 1. The backbone stands still, in eval mode; its pooled features are taken as they are, not normalised.
-2. A linear layer is trained on random crops and flips with SGD: lr 30, momentum 0.9, no weight decay, 100 epochs, times
-   0.1 after 60 % and after 80 % of them (the reference's main_lincls.py).
-3. After each epoch it classifies the central crops of val: top-1 and top-5.
+2. Linear layers are trained on random crops and flips with SGD: momentum 0.9, no weight decay, 100 epochs, the learning
+   rate times 0.1 after 60 % and after 80 % of them (the reference's main_lincls.py).
+3. After each epoch they classify the central crops of val: top-1 and top-5.
 
-`--lr '[3, 10, 30]'` trains a layer for each, side by side on the same features, as the encoder's pass is what costs.
-Running the same command again continues after the last epoch that was finished.
+The right learning rate follows the scale of the features, and the paper searched for its 30. So there is a layer for
+each of a grid of rates, side by side on the same features, as the encoder's pass is what costs; the best one counts.
+With `--lr 30` it is the published command. Running the same command again continues after the last finished epoch.
 """
 
 import json
@@ -37,6 +38,7 @@ from transfer.knn import check_classes, counting
 from transfer.load import LoadedEncoder, default_resize, load_encoder
 from transfer.ranks import Ranks, joined
 
+GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
 DECAY_AFTER = (0.6, 0.8)  # of the epochs
 
 
@@ -110,6 +112,7 @@ def linear(
     precision: Literal["fp32", "bf16"] = "fp32",
     seed: int = 0,
     num_threads: int | None = None,
+    cache_dir: str | None = None,
     ranks: Ranks,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -124,7 +127,9 @@ def linear(
     order = make_order(train, batch_size, seed)
     order.draw(0, 0, rank, world_size)  # ValueError, before anything long, when the ranks do not divide the batch
     steps = order.steps_per_epoch
-    largest = max(largest_label(source, name, ranks, progress) for source, name in ((train, "train"), (val, "val")))
+    largest = max(
+        largest_label(source, name, ranks, cache_dir, progress) for source, name in ((train, "train"), (val, "val"))
+    )
     classes = max(len(train.classes), largest + 1)
     size = image_size or loaded.image_size
     encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -153,7 +158,7 @@ def linear(
     model = DistributedDataParallel(heads) if world_size > 1 else heads
     common: dict[str, Any] = {
         "image_size": size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
-        "device": str(device), "num_threads": num_threads,
+        "device": str(device), "num_threads": num_threads, "cache_dir": cache_dir,
     }  # fmt: skip
     batches = train_batches(train, batch_size=batch_size, seed=seed, start=begun * steps, **common)
     for epoch in range(begun, epochs):
@@ -178,7 +183,7 @@ def linear(
             checkpoint.save(out, state, step=epoch + 1, keep=1)
             write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
             if progress:
-                said = ", ".join(f"lr {row['lr']:g}: {row['top1']:.2%}" for row in newest)
+                said = ", ".join(f"{row['top1']:.1%} at {row['lr']:g}" for row in newest)
                 print(f"epoch {epoch + 1}/{epochs}  top-1 {said}", file=sys.stderr, flush=True)
     batches.close()  # type: ignore[attr-defined]
     return rows[-len(lrs) :]
@@ -189,11 +194,11 @@ def decay(epoch: int, epochs: int) -> float:
     return 0.1 ** sum(epoch >= share * epochs for share in DECAY_AFTER)
 
 
-def largest_label(source: Source, name: str, ranks: Ranks, progress: bool) -> int:
+def largest_label(source: Source, name: str, ranks: Ranks, cache_dir: str | None, progress: bool) -> int:
     """Over all ranks. Raises ValueError when an image has no label, on all of them."""
     low, high = 0, 0
     with counting(f"{name} labels" if progress and ranks.rank == 0 else "", source.samples) as advance:
-        for labels in read_labels(source, rank=ranks.rank, world_size=ranks.world_size):
+        for labels in read_labels(source, rank=ranks.rank, world_size=ranks.world_size, cache_dir=cache_dir):
             low, high = min(low, int(labels.min())), max(high, int(labels.max()))
             advance(len(labels) * ranks.world_size)
     if ranks.world_size > 1:
@@ -236,7 +241,7 @@ def parse() -> Namespace:
     add("--train", type=str, required=True, help="labelled source to train on (folder of shards, URL, card)")
     add("--val", type=str, required=True, help="labelled source to classify")
     add("--out", type=Path | None, help="folder for metrics and checkpoint; RUN/linear when left out")
-    add("--lr", type=PositiveFloat | list[PositiveFloat], default=30.0, help="one, or a list for a classifier each")
+    add("--lr", type=PositiveFloat | list[PositiveFloat], default=GRID, help="one, or a list for a classifier each")
     add("--epochs", type=PositiveInt, default=100)
     add("--batch_size", type=PositiveInt, default=256, help="global, shared out over the ranks")
     add("--momentum", type=float, default=0.9)
@@ -245,6 +250,7 @@ def parse() -> Namespace:
     add("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; the classifier is fp32")
     add("--seed", type=int, default=0)
     add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add("--cache_dir", type=str | None, help="folder for the cache of remote shards")
     add("--untrained", action="store_true", help="judge the same encoder as it was initialised")
     return parser.parse_args()
 
@@ -258,13 +264,16 @@ def main() -> None:
             raise ValueError(f"{args.run} is no run folder: say with --out where metrics and checkpoint go")
         out = Path(args.run) / ("linear_untrained" if args.untrained else "linear")
     loaded = load_encoder(args.run, untrained=args.untrained)
-    train, val = open_source(args.train), open_source(args.val)
+    train, val = (open_source(data, cache_dir=args.cache_dir) for data in (args.train, args.val))
     lrs = [float(lr) for lr in (args.lr if isinstance(args.lr, list) else [args.lr])]
     names = ("epochs", "batch_size", "momentum", "weight_decay", "image_size", "precision", "seed", "num_threads")
+    settings = {name: args[name] for name in (*names, "cache_dir")}
     with joined() as ranks:
-        rows = linear(loaded, train, val, out, lrs=lrs, **{n: args[n] for n in names}, ranks=ranks, progress=True)
+        rows = linear(loaded, train, val, out, lrs=lrs, **settings, ranks=ranks, progress=True)
     if ranks.rank == 0:
         best = max(rows, key=lambda row: row["top1"])
+        if len(lrs) > 2 and best["lr"] in (min(lrs), max(lrs)):
+            print(f"warning: the best rate, {best['lr']:g}, is at the end of the grid: look beyond it", file=sys.stderr)
         about = {"train": train.samples, "val": val.samples, "run": loaded.name, "step": loaded.step}
         about["features"] = "untrained backbone" if args.untrained else "backbone"
         result = {"linear": best["top1"], **{n: best[n] for n in ("top5", "train_top1", "lr", "epoch")}, **about}
