@@ -10,17 +10,21 @@ from conftest import REPOSITORY
 
 
 @pytest.mark.parametrize(
-    ("training", "code", "requeued"),
+    ("begun", "training", "code", "requeued"),
     [
-        ("touch run/checkpoints/step_00000200.pt", 0, True),  # preempted
-        ("touch run/checkpoints/step_00000200.pt; exit 1", 1, True),  # a rank died: as torchrun's restarts
-        ("touch run/checkpoints/step_00000200.pt run/finished", 0, False),
-        ("exit 1", 1, False),  # no step further: it would not end
-        ("true", 0, False),  # --profile
-        ("exit 2", 2, False),
+        (True, "touch run/checkpoints/step_00000200.pt", 0, True),  # preempted
+        (True, "touch run/checkpoints/step_00000200.pt; exit 1", 1, True),  # a rank died: as torchrun's restarts
+        (True, "touch run/checkpoints/step_00000050.pt", 0, True),  # the one of step 100 was damaged
+        (True, "touch run/checkpoints/step_00000200.pt run/finished", 0, False),
+        (True, "exit 1", 1, False),  # no step further: it would not end
+        (True, "true", 0, False),  # --profile
+        (False, "mkdir -p run/checkpoints; touch run/checkpoints/step_00000200.pt", 0, True),
+        (False, "exit 2", 2, False),
     ],
 )
-def test_a_job_is_queued_again_as_long_as_it_gets_on(training: str, code: int, requeued: bool, tmp_path: Path) -> None:
+def test_a_job_is_queued_again_as_long_as_it_gets_on(
+    begun: bool, training: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
     def write(name: str, text: str) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,8 +35,9 @@ def test_a_job_is_queued_again_as_long_as_it_gets_on(training: str, code: int, r
     write("bin/scontrol", '#!/bin/sh\nif [ "$1" = show ]; then echo node1; else echo "$@" > requeued; fi\n')
     write(".venv/bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "recipe.py").symlink_to(REPOSITORY / "recipe.py")
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "step_00000100.pt").touch()
+    if begun:
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / "step_00000100.pt").touch()
     env = dict(os.environ, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_SUBMIT_DIR=str(tmp_path))
     env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
     command = ["bash", str(REPOSITORY / "launch" / "slurm.sbatch"), "--data", "d", "--out=run"]
