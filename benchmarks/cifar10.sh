@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CIFAR-10 from end to end with the public commands: shards, MoCo, kNN on the 10,000 test images beside the untrained
-# encoder and raw pixels, curves and report.
+# encoder and raw pixels, the linear protocol, curves and report.
 #
 #     bash benchmarks/cifar10.sh CIFAR WORK [flags of train.py]
 #
@@ -24,5 +24,6 @@ for judged in "" "--features head" "--untrained" "--pixels"; do
     # shellcheck disable=SC2086 - no word at all when it is empty
     python -m transfer.knn --run "$work/run" "${data[@]}" $judged | tail -n 1 | tee -a "$work/knn.jsonl"
 done
+python -m transfer.linear --run "$work/run" "${data[@]}"
 python -m transfer.gallery --run "$work/run" --data "$work/shards/test" --output "$work/gallery.png"
 python -m transfer.report "$work/run"
