@@ -7,6 +7,7 @@ recipe's fields.
 """
 
 import contextlib
+import os
 import sys
 import time
 import traceback
@@ -102,8 +103,12 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
     del state
     dictionary.check_ranks(net)
 
-    if r.trackers and not r.profile:
-        trackers.start(accelerator, r, step)
+    try:
+        if r.trackers and not r.profile:
+            trackers.start(accelerator, r, step)
+    except ValueError as error:
+        problem = str(error)
+    agree({}, problem, control)
     log = Log(out, step=step, total=total, enabled=rank == 0 and not r.profile)
     profile = None
     if r.profile:
@@ -263,7 +268,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
             if knn_due:
                 judge()
 
-    if profile is not None:
+    if profile is not None and step == total:
         print(profile.table(r.batch_size))
     elif saved < step and not r.profile:
         save()
@@ -352,7 +357,8 @@ def main(arguments: list[str] | None = None) -> None:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     except ValueError as error:  # a tracker or a way to train that is not there
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine have the same packages
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     rank = accelerator.process_index
     watchdog = Watchdog(rank, accelerator.num_processes, r.hang_seconds)

@@ -102,7 +102,7 @@ def test_a_tracker_that_does_not_start_is_one_line_and_no_prompt(runs: Runs, sha
     pytest.importorskip("wandb")
     out = tmp_path / "no_account"
     env = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_CONFIG_DIR": str(tmp_path)}
-    assert runs.train(out, shards_dir, trackers="[wandb]", env=env) == [2], log_of(out).read_text()
+    assert runs.train(out, shards_dir, ranks=2, trackers="[wandb]", env=env) == [2, 2], log_of(out).read_text()
     said = [line for line in log_of(out).read_text().splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert "WANDB_MODE=offline" in said[0]

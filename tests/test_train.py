@@ -121,6 +121,7 @@ start.build_net = told
     assert "SIGTERM: nothing trained yet" in log_of(out).read_text()
     assert metrics(out) == []
     assert checkpoint.list_steps(out) == []
+    assert runs.train(out, shards_dir, patch=patch, profile=2) == [0], log_of(out).read_text()
 
 
 def test_a_run_folder_has_one_training_at_a_time(

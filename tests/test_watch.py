@@ -94,6 +94,11 @@ def test_a_window_averages_over_steps_and_ranks_and_finds_the_first_bad_loss() -
     assert means["positive_logit"] == pytest.approx(2.0)
     assert window.means(256, temperature=0.1) == {}
 
+    window.settled = [[2.0, 0.5, 0.2, 0.1]]  # of a checkpoint; the one step since then was skipped
+    with window.waiting():
+        pass
+    assert window.means(256, temperature=0.1)["images_per_second"] > 0
+
     for step, loss in ((7, 1.0), (8, math.nan)):
         window.add(step, [torch.tensor([loss, 0.0, 0.0, 0.0])], torch.arange(4) + 10 * step)
     other = torch.tensor([[math.inf, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])

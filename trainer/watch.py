@@ -47,6 +47,7 @@ class Window:
         """Around the call that fetches the batch. On a GPU: the time between the end of the last step's kernels and
         the batch.
         """
+        self.steps += 1  # here, as a step that is skipped takes its time too
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -61,7 +62,6 @@ class Window:
     def add(self, step: int, rows: list[Tensor], sample_ids: Tensor) -> None:
         """rows: [4] as FIELDS, of each pass of the step."""
         self.pending.append((step, rows[0] if len(rows) == 1 else torch.stack(rows).mean(dim=0), sample_ids))
-        self.steps += 1
 
     def settle(self, gather: Any) -> tuple[int, int, float] | None:
         """Reads the pending rows of all ranks (this waits for the device). Returns the first (step, rank, loss) that
@@ -253,8 +253,8 @@ def warnings_during(
         listed = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in parts.items())
         found["data"] = (
             f"{usual_wait:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
-            f"({listed}). What helps: more num_threads, smaller stored images (make_shards --short_side), a cache_dir "
-            "for remote shards"
+            f"({listed} since the last log step). What helps: more num_threads, smaller stored images (make_shards "
+            "--short_side), a cache_dir for remote shards"
         )
     return found
 
