@@ -193,7 +193,7 @@ def _decoded(
                 return
             assert item.labels is not None
             labels, ids = torch.from_numpy(item.labels), torch.from_numpy(item.samples.draw.sample_ids)
-            yield LabelledBatch(images, labels.to(device), ids.to(device))
+            yield LabelledBatch(images, labels.to(device, non_blocking=True), ids.to(device, non_blocking=True))
     finally:
         decoding.close()
         reader.close()
