@@ -127,6 +127,8 @@ def linear(
     order = make_order(train, batch_size, seed)
     order.draw(0, 0, rank, world_size)  # ValueError, before anything long, when the ranks do not divide the batch
     steps = order.steps_per_epoch
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)  # not found to be impossible after an epoch
     largest = max(
         largest_label(source, name, ranks, cache_dir, progress) for source, name in ((train, "train"), (val, "val"))
     )
@@ -143,14 +145,15 @@ def linear(
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, lrs)]
     optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
     settings = {
-        "encoder": weights_hash(encoder.backbone), "train": train.fingerprint, "lr": lrs, "epochs": epochs,
-        "batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay, "image_size": size, "seed": seed,
+        "encoder": weights_hash(encoder.backbone), "train": train.fingerprint, "val": val.fingerprint, "lr": lrs,
+        "epochs": epochs, "batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay,
+        "image_size": size, "seed": seed,
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # jsonargparse's number types would make the checkpoint unreadable
     rows, begun = list[dict[str, Any]](), 0
     if (state := shared(lambda: checkpoint.load_newest(out), ranks)) is not None:
-        if changed := [name for name, value in settings.items() if state["settings"][name] != value]:
-            was = ", ".join(f"{name} was {state['settings'][name]} and is {settings[name]}" for name in changed)
+        if changed := [name for name, value in settings.items() if state["settings"].get(name) != value]:
+            was = ", ".join(f"{name} was {state['settings'].get(name)} and is {settings[name]}" for name in changed)
             raise ValueError(f"{out} holds another experiment: {was}; take another --out, or delete it")
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
@@ -180,8 +183,9 @@ def linear(
             newest = rows[-len(lrs) :]
             state = {"settings": settings, "epoch": epoch + 1, "rows": rows}
             state |= {"heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(out, state, step=epoch + 1, keep=1)
+            # First, as a kill between the two would otherwise leave the last epoch out of it for good.
             write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+            checkpoint.save(out, state, step=epoch + 1, keep=1)
             if progress:
                 said = ", ".join(f"{row['top1']:.1%} at {row['lr']:g}" for row in newest)
                 print(f"epoch {epoch + 1}/{epochs}  top-1 {said}", file=sys.stderr, flush=True)
