@@ -126,6 +126,7 @@ def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[
             x, y = cell % across * CELL, cell // across * (CELL + CAPTION)
             sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
             text = classes[int(label)] if label.isdecimal() and int(label) < len(classes) else label
+            text = " ".join(text.split())  # a name of two lines has no length
             if font.getlength(text) > CELL - 4:
                 text = next(
                     cut for end in range(len(text), 0, -1) if font.getlength(cut := f"{text[:end]}…") <= CELL - 4
@@ -140,7 +141,7 @@ def _sample(tar: str, row: int) -> tuple[Image.Image, str]:
     """A picture (black when it does not decode: with --no_verify it may not) and its label, "" without one."""
     line = destination.read(tar.removesuffix(".tar") + ".idx").decode().split("\n")[row + 1].split(" ")
     parts = {line[i]: (int(line[i + 1]), int(line[i + 2])) for i in range(0, len(line), 4)}
-    label = _range(tar, *parts["cls"]).decode("utf-8", "replace") if "cls" in parts else ""
+    label = _range(tar, *parts["cls"]).decode("utf-8", "replace").strip() if "cls" in parts else ""
     best = min((name for name in parts if image_rank(name) >= 0), key=image_rank, default=None)
     try:
         if best is None:

@@ -346,7 +346,7 @@ def test_contact_sheet(shards_dir: Path, tmp_path: Path, monkeypatch: pytest.Mon
         names = []
         patch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: names.append((a[2], k["font"])) or text(*a, **k))
         tars = [(f"shard-{i:06d}.tar", 15) for i in range(4)]
-        sheet = opened(contact_sheet(str(shards_dir), tars, ["c0", "très long nom d’une classe", "c2"], 0))
+        sheet = opened(contact_sheet(str(shards_dir), tars, ["c0", "très long nom d’une classe", "c2\n"], 0))
         assert sheet.size == (8 * 128, 6 * 144) and np.asarray(sheet).std() > 20
         assert len(set(cells)) == 48
         assert {name for name, _ in names} == {"c0", "très long nom d’une…", "c2"}
