@@ -104,7 +104,10 @@ def collect(src: str, found: Found, exclude: str = "") -> Iterator[Entry]:
         raise ValueError(f"{src} is compressed, single images in it cannot be reached: unpack it to a .tar first")
     if is_pattern(src) and (is_remote(src) or not local_path(src).exists()):
         storage = Storage()
-        yield from archives.several([n for p in braceexpand.braceexpand(src) for n in storage.glob(p)], found)
+        names = [n for p in braceexpand.braceexpand(src) for n in storage.glob(p)]
+        if image := next(filter(is_image_name, names), None):
+            raise ValueError(f"{src} names images ({image}), a pattern is of archives: name their folder, or list them")
+        yield from archives.several(names, found)
     elif lower.endswith(LISTS):
         yield from lists.entries(src, found)
     elif lower.endswith(ARCHIVES):
@@ -256,7 +259,7 @@ class Listing:
         with (folder / "listing.jsonl").open("wb") as lines, (folder / "listing.bin").open("wb") as table:
             for entry in entries:
                 if not labels:
-                    beside = [part for part in entry.beside or () if part[0] != LABEL_EXTENSION]
+                    beside = entry.beside and [part for part in entry.beside if part[0] != LABEL_EXTENSION]
                     entry = entry._replace(label=None, beside=beside or None)
                 found.add(entry)
                 where, what = encode(entry.path), encode(entry[1:])
@@ -273,6 +276,7 @@ class Listing:
             table.write(rows.tobytes())
         depth = found.class_depth() if labels else -1
         named = list(found.labels) or (list(found.folders[depth]) if depth >= 0 else [])
+        # More digits than a class number has are a name: a taxon's, a product's.
         numbers = bool(found.labels) and not classes and all(name.isdecimal() and len(name) < 10 for name in named)
         if classes and (unknown := sorted(set(named) - set(classes))):
             raise ValueError(f"{len(unknown)} labels are not among the {len(classes)} classes, the first: {unknown[0]}")

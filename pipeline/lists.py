@@ -32,7 +32,7 @@ def entries(place: str, found: Found) -> Iterator[Entry]:
             kind = type(path).__name__
             raise ValueError(f"{place}: `{path_column}` holds {kind}, not paths: write the images to files first")
         label = row.pop(label_column, None) if label_column else None
-        if path.startswith(("~", "file://")):
+        if path.startswith(("~/", "file://")):
             path = str(local_path(path))
         full = path if is_remote(path) or path.startswith("/") else f"{folder}/{path}"
         size = -1 if is_remote(full) else file_size(full)
@@ -54,7 +54,6 @@ def rows(place: str) -> Iterator[tuple[Row, str, str]]:
                     path, label = _split(line.rstrip("\r\n"))
                     yield {"path": path, "label": label}, "path", "label"
             return
-        csv.field_size_limit(LONGEST_CELL)
         reader = csv.reader(file, delimiter="\t" if place.lower().endswith(".tsv") else ",")
         lines = _lines(reader, place)
         first = next(lines, None)
@@ -78,6 +77,7 @@ def rows(place: str) -> Iterator[tuple[Row, str, str]]:
 
 
 def _lines(reader: Any, place: str) -> Iterator[list[str]]:
+    csv.field_size_limit(LONGEST_CELL)
     try:
         yield from (cells for cells in reader if any(map(str.strip, cells)))
     except csv.Error as error:
@@ -137,7 +137,7 @@ def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:
     when the number of labels is another than that of images.
     """
     with _opened(place) as file:
-        lines = [line.strip() for line in file if line.strip()]
+        lines = [line.strip(" \r\n") for line in file if line.strip(" \t\r\n,")]  # a last column may be empty
     if not lines:
         raise ValueError(f"{place} is empty")
     if not any(mark in lines[0] for mark in " ,\t"):
@@ -153,7 +153,7 @@ def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:
         base = entry.name.rpartition("/")[2]
         stem = base.removesuffix("." + base.rpartition(".")[2])
         known = next((name for name in (entry.name, base, stem) if name in table), None)
-        if known is None:
+        if known is None or not table[known]:
             raise ValueError(f"{place} has no label for {entry.name}, among {len(table):,} as for {next(iter(table))}")
         yield entry._replace(label=table[known])
 
@@ -169,10 +169,11 @@ def _names_and_labels(lines: list[str], place: str) -> Iterator[tuple[str, str]]
             name, _, label = line.rpartition(" ")
             yield name.strip(), label
         return
-    header: list[str] = []
-    for cells in _lines(csv.reader(lines, delimiter=mark), place):
-        header = header or [cell.strip().lower() for cell in cells]
-        name_at, label_at = (next((header.index(n) for n in names if n in header), -1) for names in (PATHS, LABELS))
+    table = _lines(csv.reader(lines, delimiter=mark), place)
+    first = next(table, [])
+    header = [cell.strip().lower() for cell in first]
+    name_at, label_at = (next((header.index(n) for n in names if n in header), -1) for names in (PATHS, LABELS))
+    for cells in itertools.chain([first], table):
         if min(name_at, label_at) < 0:
             yield cells[0].strip(), _first_word(mark.join(cells[1:]))
         elif len(cells) == len(header):

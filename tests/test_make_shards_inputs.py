@@ -177,7 +177,8 @@ def test_lists_as_people_have_them(image_folder: Path, tmp_path: Path) -> None:
     place.write_text(f"path,label,caption\n\n{a},x,{'long ' * 40_000}\nfile://{b},y,z\n , ,\n", encoding="utf-8-sig")
     assert make(place, tmp_path / "excel")["packed"] == 2
     assert labelled(tmp_path / "excel") == Counter({(a.read_bytes(), "x"): 1, (b.read_bytes(), "y"): 1})
-    (tmp_path / "list.txt").write_text(f"{a}\r\n{b}\r\n", encoding="utf-16")
+    (tmp_path / "~b.jpg").write_bytes(b.read_bytes())  # nobody's home folder
+    (tmp_path / "list.txt").write_text(f"{a}\r\n~b.jpg\r\n", encoding="utf-16")
     assert make(tmp_path / "list.txt", tmp_path / "powershell")["packed"] == 2
     names = [str(a), "", str(image_folder), f"{a}/x.jpg", f"/{'x' * 5000}.jpg", "zero\0byte.jpg"]
     place.write_text("path,label\n" + "".join(f"{name},20000000000\n" for name in names))
@@ -277,12 +278,16 @@ def test_label_files_as_people_have_them(image_folder: Path, tmp_path: Path) -> 
         'width,File,label\n640,0.jpg,cat\n640,1.jpg,"dog, small"\n640,2.jpg,bird\n',
         '"0.jpg","cat"\n"1.jpg","dog, small"\n"2.jpg","bird"\n',
         "\ufeff0,cat\r\n1,dog, small\r\n2,bird\r\n",
+        f"path\tlabel\tnote\n0.jpg\tcat\t\n1.jpg\tdog, small\t{'long ' * 40_000}\n2.jpg\tbird\t\n",
     ):
         place.write_text(text)
         make(folder, tmp_path / "d", labels=str(place), overwrite=True)
         assert labelled(tmp_path / "d") == Counter((image.read_bytes(), label) for image, label in truth), text
     place.write_text("file,label\n0.jpg,cat\n1.jpg,dog, small\n2.jpg,bird\n")
     with pytest.raises(ValueError, match=r"3 columns in `1.jpg,dog, small`, 2 in the first line"):
+        make(folder, tmp_path / "d", labels=str(place), overwrite=True)
+    place.write_text("file,label\n0.jpg,cat\n1.jpg,\n2.jpg,bird\n")
+    with pytest.raises(ValueError, match=r"labels.csv has no label for 1.jpg"):
         make(folder, tmp_path / "d", labels=str(place), overwrite=True)
 
 
@@ -354,6 +359,8 @@ def test_archives_and_images_in_one_folder(image_folder: Path, shards_dir: Path,
     with pytest.raises(ValueError, match=r"holds archives \(old.zip\) and images \(class_0/image_000.jpg\)"):
         make(root, tmp_path / "d")
     assert make(f"{root}/*.zip", tmp_path / "d")["packed"] == 1
+    with pytest.raises(ValueError, match=r"names images \(.*class_0/image_000.jpg\), a pattern is of archives"):
+        make(f"{root}/class_0/*.jpg", tmp_path / "x")
     # The contact sheet of shards is no image of theirs, nor of the folder that they lie in.
     assert make(shards_dir, tmp_path / "again")["packed"] == 60
     (root / "old.zip").unlink()
