@@ -53,12 +53,14 @@ def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
             away = [p for of_entry in parts for p in of_entry if is_remote(p.path)]
             answers = iter(_remote(away)) if away else iter(())
             for entry, of_entry in zip(group, parts):
-                arrived = [next(answers) if is_remote(p.path) else p for p in of_entry]
+                # All of them, before one can fail: the next image's answers would be taken for the rest of this one's.
+                arrived = [next(answers) if is_remote(p.path) else p for p in of_entry] if away else of_entry
                 try:
                     if entry.size < 0 and not is_remote(entry.path) and not os.path.isfile(entry.path):  # noqa: PTH113
                         raise Rejected("no such file", entry.path)
                     contents = [_local(a, archives) if isinstance(a, Part) else _checked(a) for a in arrived]
-                    _check_sizes(of_entry, contents, entry)
+                    if entry.offset >= 0:
+                        _check_sizes(of_entry, contents, entry)
                     if entry.packing is not None:
                         contents[0] = _unzip(contents[0], entry, archives)
                     yield contents
@@ -80,7 +82,7 @@ def _check_sizes(parts: list[Part], contents: list[bytes], entry: Entry) -> None
     """Of a zip's member more was asked for than there may be."""
     for part, content in zip(parts, contents):
         least = 0 if entry.packing is not None else part.size
-        if part.offset >= 0 and not least <= len(content) <= part.size:
+        if not least <= len(content) <= part.size:
             raise ValueError(
                 f"{part.path}: {len(content):,} bytes where {part.size:,} at {part.offset:,} were asked for: it "
                 "changed since it was listed, or its server cannot send parts of files"
