@@ -71,10 +71,12 @@ def _fresh_storage(shards: Sequence["Expected"], cache_dir: str | None) -> Itera
         return
     beside = Storage(cache_dir=cache_dir).cache_dir
     beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="check-", dir=beside) as folder:
-        storage = Storage(cache_dir=folder, cache_bytes=2 * FETCHES * max(s.bytes for s in shards))
+    room = 2 * FETCHES * max(s.bytes for s in shards)
+    with (
+        tempfile.TemporaryDirectory(prefix="check-", dir=beside) as folder,
+        contextlib.closing(Storage(cache_dir=folder, cache_bytes=room)) as storage,
+    ):
         yield storage
-        storage.close()
 
 
 def _table(source: Source) -> str:
