@@ -379,9 +379,10 @@ def main() -> int:
         sys.stderr.flush()
         os._exit(130)  # without waiting for the shards in work; workers end with their parent
     except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        where = f" ({getattr(error, 'filename', None) or given['dest']})"
-        remedy = f"{where}: make room, then the same command goes on where this one stopped" if full else ""
+        remedy = ""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            disk = tempfile.gettempdir() if is_remote(given["dest"]) else given["dest"]  # what is uploaded lies there
+            remedy = f" ({disk}): make room, then the same command goes on where this one stopped"
         print(f"error: {error}{remedy}", file=sys.stderr)
         return 2
     except Exception as error:  # of no credentials, no network, each file system behind a URL has its own kinds
