@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import Runs, log_of, losses, metrics, wait_for_step
+from training import Runs, log_of, losses, metrics
 
 import checkpoint
 
@@ -27,10 +27,20 @@ def test_tensorboard_shows_each_step_once_whenever_the_run_was_killed(
     out = tmp_path / "killed"
     options: dict[str, Any] = {"trackers": "[tensorboard]", "save_every": 20, "epochs": 100, "max_steps": 50}
     for step in (4, 26):
-        pids = runs.start(out, shards_dir, **options)
-        wait_for_step(out, step)
-        os.kill(pids[0], signal.SIGKILL)
-        assert runs.wait(pids, 20) == [-signal.SIGKILL]
+        patch = f"""
+import os, signal, time
+import checkpoint
+from trainer.watch import Log
+write = Log.write
+def dying(self, values):
+    write(self, values)
+    while values["step"] == {step}:
+        if len(checkpoint.list_steps(self.path.parent)) == {step // 20}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+Log.write = dying
+"""
+        assert runs.train(out, shards_dir, patch=patch, **options) == [-signal.SIGKILL], log_of(out).read_text()
         assert checkpoint.list_steps(out) == ([] if step == 4 else [20])
     assert runs.train(out, shards_dir, **options) == [0], log_of(out).read_text()
 

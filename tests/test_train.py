@@ -54,7 +54,8 @@ def test_killed_ten_times_the_losses_are_bit_identical(
         wait_for_save(out, (saved[-1] if saved else 0) + 1)
         time.sleep(float(rng.uniform(0, 0.3)))
         os.kill(pids[0], signal.SIGKILL)
-        assert runs.wait(pids) == [-signal.SIGKILL]
+        codes = runs.wait(pids)
+        assert codes == [-signal.SIGKILL] or (codes == [0] and (out / "finished").is_file())  # this process was late
         kills += 1
         story.append(checkpoint.list_steps(out)[-1])
         if story[-1] >= STEPS - 1:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, cpu_environment, free_port
-from training import TINY, Runs, log_of, losses, wait_for_step
+from training import TINY, Runs, flags, log_of, losses, wait_for_step
 
 import checkpoint
 
@@ -111,15 +111,9 @@ Loader.__next__ = full
 
 
 def launch(command: list[str], out: Path, data: Path, **options: Any) -> subprocess.Popen[bytes]:
-    fields = TINY | {"data": str(data), "out": str(out)} | options
-    arguments = [
-        part
-        for name, value in fields.items()
-        for part in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
-    ]
     with log_of(out).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", *command, "train.py", *arguments],
+            [sys.executable, "-m", *command, "train.py", *flags(TINY | {"data": data, "out": out} | options)],
             cwd=REPOSITORY,
             env=cpu_environment(),
             stdout=log,
@@ -223,12 +217,10 @@ def test_a_told_launcher_leaves_no_rank_behind(shards_dir: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_the_torchrun_script_forwards_signals_and_ends_with_0(shards_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "script"
-    fields = TINY | {"data": str(shards_dir), "out": str(out), "epochs": 400}
-    arguments = [part for name, value in fields.items() for part in (f"--{name}", str(value))]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log_of(out).open("ab") as log:
         script = subprocess.Popen(
-            ["bash", "launch/torchrun.sh", *arguments],
+            ["bash", "launch/torchrun.sh", *flags(TINY | {"data": shards_dir, "out": out, "epochs": 400})],
             cwd=REPOSITORY,
             env=cpu_environment(PATH=path, GPUS="2", PORT=str(free_port())),
             stdout=log,

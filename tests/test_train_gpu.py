@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, cpu_environment
-from training import TINY, losses, metrics
+from training import TINY, flags, losses, metrics
 
 import checkpoint
 
@@ -31,9 +31,7 @@ Watchdog.phase = strict
 
 def train(out: Path, data: Path, patch: str = "", **options: Any) -> tuple[int, str]:
     """Exit code, and what it said. patch: code that runs first."""
-    fields = TINY | {"data": data, "out": out} | options
-    arguments = [part for name, value in fields.items() for part in (f"--{name}", str(value).lower())]
-    arguments[arguments.index("--data") + 1], arguments[arguments.index("--out") + 1] = str(data), str(out)
+    arguments = flags(TINY | {"data": data, "out": out} | options)
     result = subprocess.run(
         [sys.executable, "-c", f"{patch}\nimport train\ntrain.main()", *arguments],
         cwd=REPOSITORY,

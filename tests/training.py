@@ -1,7 +1,6 @@
 """Trainings for the tests: a tiny recipe, and a server that forks them."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -48,9 +47,8 @@ class Runs:
         run in the child first), largest_file, env. A list is one value for each rank."""
         command = {name: options.pop(name) for name in ("patch", "largest_file", "env") if name in options}
         file = options.pop("recipe", None)
-        fields = ({} if file else TINY) | {"data": _text(data), "out": str(out)} | options
-        arguments = ["--config", str(file)] if file else []
-        arguments += [part for name, value in fields.items() for part in (f"--{name}", _text(value))]
+        fields = ({} if file else TINY) | {"data": data, "out": out} | options
+        arguments = (["--config", str(file)] if file else []) + flags(fields)
         out.parent.mkdir(parents=True, exist_ok=True)
         command |= {"arguments": arguments, "ranks": ranks, "log": str(log_of(out)), "port": free_port()}
         return self._ask(command)["pids"]
@@ -79,6 +77,11 @@ class Runs:
     def _answer(self) -> Any:
         assert self.server.stdout is not None
         return json.loads(self.server.stdout.readline())
+
+
+def flags(fields: dict[str, Any]) -> list[Any]:
+    """Of train.py."""
+    return [part for name, value in fields.items() for part in (f"--{name}", _text(value))]
 
 
 def _text(value: Any) -> Any:
@@ -113,7 +116,3 @@ def wait_for_step(out: Path, step: int, timeout: float = 120) -> None:
                 return
         time.sleep(0.02)
     raise TimeoutError(f"no step {step} in {out}: {log_of(out).read_text()[-2000:]}")
-
-
-def kill(pid: int, number: int) -> None:
-    os.kill(pid, number)
