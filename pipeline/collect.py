@@ -24,13 +24,13 @@ import numpy as np
 import xxhash
 
 from pipeline.card import is_pattern
+from pipeline.destination import CONTACT_SHEET, SUMMARY, file_system
 from pipeline.index import IMAGE_EXTENSIONS, LABEL_EXTENSION, write_atomically
 from pipeline.storage import Storage, is_remote, local_path
 
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
 ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-CONTACT_SHEET = "contact_sheet.png"
 MOST_CLASSES = 1_000_000  # folders at one depth; beyond that they are no classes
 
 
@@ -152,7 +152,7 @@ def _folder(root: Path, below: str, found: Found, exclude: str, above: tuple[tup
         return
     with os.scandir(folder) as scan:
         names = sorted((item.name, _is_folder(item)) for item in scan)
-    sheet = CONTACT_SHEET if ("make_shards.json", False) in names else None  # beside shards that we made: no input
+    sheet = CONTACT_SHEET if (SUMMARY, False) in names else None  # beside shards that we made: no input
     for name, is_folder in names:
         relative = f"{below}/{name}" if below else name
         if is_folder:
@@ -182,7 +182,6 @@ def file_size(path: str) -> int:
 
 def _remote_folder(src: str, found: Found, exclude: str) -> Iterator[Entry]:
     from pipeline import archives
-    from pipeline.destination import file_system
 
     fs, root = file_system(src)
     if not fs.exists(root):
@@ -203,7 +202,7 @@ def _walk(fs: Any, root: str, found: Found, left_out: str | None) -> Iterator[En
             if details["name"].rstrip("/") != left_out:
                 folders[name] = details
         below = folder[len(root) :].strip("/")
-        sheet = CONTACT_SHEET if "make_shards.json" in files else None
+        sheet = CONTACT_SHEET if SUMMARY in files else None
         for name in sorted(files):
             if is_image_name(name) and name != sheet:
                 size = files[name].get("size")

@@ -9,6 +9,9 @@ from typing import Any, BinaryIO
 from pipeline.index import write_atomically
 from pipeline.storage import is_remote, local_path
 
+SUMMARY = "make_shards.json"  # what the shards beside it were made from; there when all are done
+CONTACT_SHEET = "contact_sheet.png"
+
 
 def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it."""

@@ -61,7 +61,7 @@ def finish(
         (s, shard.samples) for split, of in made.items() for shard in of for s in [f"{split}/{shard.path}".lstrip("/")]
     ]
     destination.write(
-        destination.join(dest, "contact_sheet.png"), contact_sheet(dest, tars, class_names(listing), seed)
+        destination.join(dest, destination.CONTACT_SHEET), contact_sheet(dest, tars, class_names(listing), seed)
     )
     labels.pop("", None)
     return {
