@@ -28,6 +28,8 @@ MEGABYTE = 1e6
 
 def link(photos: Path, src: Path, images: int, each: int = 1000) -> None:
     names = sorted(p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not names:
+        raise SystemExit(f"error: no .jpg in {photos}")
     for first in range(0, images, each):
         folder = src / f"class_{first // each:04d}"
         folder.mkdir(parents=True)
