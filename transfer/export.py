@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from model.interchange import read_moco, write_moco
-from transfer.linear import weights_hash
-from transfer.load import LoadedEncoder, load_encoder
+from transfer.load import LoadedEncoder, load_encoder, weights_hash
 
 
 def torchvision_state(loaded: LoadedEncoder) -> dict[str, torch.Tensor]:

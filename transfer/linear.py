@@ -23,7 +23,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import xxhash
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from pipeline.labelled import eval_batches, read_labels, train_batches
 from pipeline.manifest import Source, open_source
 from pipeline.read import make_order
 from transfer.knn import check_classes, counting
-from transfer.load import LoadedEncoder, default_resize, load_encoder
+from transfer.load import LoadedEncoder, default_resize, load_encoder, weights_hash
 from transfer.ranks import Ranks, joined
 
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
@@ -215,15 +214,6 @@ def largest_label(source: Source, name: str, ranks: Ranks, cache_dir: str | None
             "source"
         )
     return high
-
-
-def weights_hash(module: nn.Module) -> str:
-    """Of all parameters and statistics: the same file moved elsewhere is still the same encoder."""
-    digest = xxhash.xxh3_64()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def shared(read: Callable[[], Any], ranks: Ranks) -> Any:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 import checkpoint
 import recipe as recipes
@@ -62,6 +63,15 @@ def load_encoder(run: str | Path, *, untrained: bool = False) -> LoadedEncoder:
         encoder.load_state_dict(state["encoder"])
         step = int(state["step"])
     return LoadedEncoder(encoder.eval(), r.image_size, mean_std(r.views), r.views, str(run), step, r)
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """Of all parameters and statistics: the same file moved elsewhere is still the same encoder."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _build(r: Recipe) -> Encoder:
