@@ -64,7 +64,7 @@ def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
                     if entry.packing is not None:
                         contents[0] = _unzip(contents[0], entry, archives)
                     yield contents
-                except FileNotFoundError:
+                except (FileNotFoundError, IsADirectoryError):
                     if entry.size < 0:
                         yield Rejected("no such file", entry.path)
                         continue

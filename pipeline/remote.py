@@ -60,7 +60,7 @@ def is_final(error: object) -> bool:
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
     return (
-        isinstance(error, FileNotFoundError | PermissionError | ValueError | NotImplementedError)
+        isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError | ValueError | NotImplementedError)
         or "Credentials" in type(error).__name__
     )
 

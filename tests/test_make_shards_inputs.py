@@ -452,6 +452,11 @@ def test_an_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
         list(fetch.fetch([Entry(str(tmp_path / "a.tar"), 900, 200, "x.jpg")]))
 
 
+def test_a_folder_by_url_where_an_image_was_listed(tmp_path: Path) -> None:
+    (answer,) = fetch.fetch([Entry(f"local://{tmp_path}", -1, -1, "x.jpg")])
+    assert isinstance(answer, Rejected) and answer.reason == "no such file"
+
+
 def test_zip(image_folder: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for i, path in enumerate(sorted(image_folder.rglob("*.*"))):
