@@ -125,9 +125,7 @@ start.build_net = told
     assert runs.train(out, shards_dir, patch=patch, profile=2) == [0], log_of(out).read_text()
 
 
-def test_a_run_folder_has_one_training_at_a_time(
-    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_run_folder_has_one_training_at_a_time(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "shared"
     first = runs.start(out, shards_dir, epochs=400, schedule="constant")
     wait_for_step(out, 3)
@@ -193,8 +191,18 @@ def test_the_knn_monitor_disturbs_nothing(runs: Runs, shards_dir: Path, undistur
 def test_a_kill_during_knn_does_not_cost_it(runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     options = {"knn_data": shards_dir, "knn_every": 2, "max_steps": 12}
-    patch = "import os; from transfer import knn; knn.monitor = lambda *_, **__: os._exit(9)"
+    patch = f"""
+import os, time
+import checkpoint
+from transfer import knn
+def killed(*arguments, **options):
+    while not checkpoint.list_steps({str(out)!r}):
+        time.sleep(0.02)
+    os._exit(9)
+knn.monitor = killed
+"""
     assert runs.train(out, shards_dir, patch=patch, **options) == [9]
+    assert checkpoint.list_steps(out) == [10]
     for _ in range(2):
         assert runs.train(out, shards_dir, **options) == [0], log_of(out).read_text()
     assert [row["step"] for row in metrics(out) if "knn" in row] == [10]

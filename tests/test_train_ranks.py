@@ -68,9 +68,10 @@ def test_knn_is_the_same_on_two_ranks_and_disturbs_nothing(runs: Runs, shards_di
         ({"lr": [0.02, 0.04]}, "rank 1 has lr 0.04, rank 0 has 0.02"),
         ({"max_steps": [0, 7]}, "rank 1 has max_steps 7, rank 0 has 0"),
         ({"batch_size": 9, "bn_groups": 1}, "batch_size 9 does not divide over 2 ranks"),
+        ({"trackers": "[no_such_tracker]"}, "tracker no_such_tracker is not installed"),
     ],
 )
-def test_ranks_that_were_not_started_alike_are_told_at_once(
+def test_what_is_wrong_on_several_ranks_is_said_once(
     options: dict[str, object], says: str, runs: Runs, shards_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "unlike"
