@@ -122,19 +122,14 @@ def _remote(parts: list[Part]) -> list[bytes | BaseException]:
     contents: list[bytes | BaseException] = [OSError("not read yet")] * len(parts)
     waiting = list(range(len(parts)))
     for attempt in range(ATTEMPTS):
-        groups = itertools.groupby(waiting, key=lambda i: (parts[i].path.partition("://")[0], parts[i].offset < 0))
-        for (_, whole), members in groups:
+        for _, members in itertools.groupby(waiting, key=lambda i: parts[i].path.partition("://")[0]):
             numbers = list(members)
             fs, _ = file_system(parts[numbers[0]].path)
             paths = [fs._strip_protocol(parts[i].path) for i in numbers]
-            if whole:
-                found = fs.cat(paths, on_error="return") if len(paths) > 1 else {paths[0]: _one(fs, paths[0])}
-                answers = [found[path] for path in paths]
-            else:
-                begins = [parts[i].offset for i in numbers]
-                ends = [parts[i].offset + parts[i].size for i in numbers]
-                answers = fs.cat_ranges(paths, begins, ends, on_error="return")
-            for i, answer in zip(numbers, answers):
+            begins = [None if parts[i].offset < 0 else parts[i].offset for i in numbers]
+            ends = [None if parts[i].offset < 0 else parts[i].offset + parts[i].size for i in numbers]
+            # Not `cat`, even for whole files: it takes `photo [1].jpg` for a pattern.
+            for i, answer in zip(numbers, fs.cat_ranges(paths, begins, ends, on_error="return")):
                 contents[i] = answer
         waiting = [i for i in waiting if isinstance(contents[i], Exception) and not remote.is_final(contents[i])]
         if not waiting:
@@ -144,13 +139,6 @@ def _remote(parts: list[Part]) -> list[bytes | BaseException]:
             raise OSError(f"{parts[i].path} could not be read in {ATTEMPTS} attempts: {remote.reason(contents[i])}")
         time.sleep(attempt + 1)
     return contents
-
-
-def _one(fs: object, path: str) -> bytes | BaseException:
-    try:
-        return bytes(fs.cat_file(path))  # type: ignore[attr-defined]
-    except Exception as error:
-        return error
 
 
 def _unzip(blob: bytes, entry: Entry, archives: "OrderedDict[str, int]") -> bytes:

@@ -452,9 +452,14 @@ def test_an_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
         list(fetch.fetch([Entry(str(tmp_path / "a.tar"), 900, 200, "x.jpg")]))
 
 
-def test_a_folder_by_url_where_an_image_was_listed(tmp_path: Path) -> None:
-    (answer,) = fetch.fetch([Entry(f"local://{tmp_path}", -1, -1, "x.jpg")])
-    assert isinstance(answer, Rejected) and answer.reason == "no such file"
+def test_files_by_url(tmp_path: Path) -> None:
+    """Names are no patterns; what is not there, and a folder where an image was listed, cost their line."""
+    names = ("photo [1].jpg", "photo1.jpg", "what?.jpg", "*.jpg")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    answers = fetch.fetch([Entry(f"local://{tmp_path}/{n}", -1, -1, "x.jpg") for n in (*names, "none.jpg", "")])
+    told = [a.reason if isinstance(a, Rejected) else a for a in answers]
+    assert told == [[name.encode()] for name in names] + ["no such file"] * 2
 
 
 def test_zip(image_folder: Path, tmp_path: Path) -> None:
