@@ -11,6 +11,7 @@
 """
 
 import errno
+import glob
 import json
 import os
 import sys
@@ -96,6 +97,8 @@ def make_shards(
         raise FileNotFoundError(f"no such folder or file: {src}")
     if src.rstrip("/") == dest.rstrip("/"):
         raise ValueError(f"SRC and DEST are both {src}: name another DEST, such as {destination.join(src, 'shards')}")
+    if is_remote(dest) and glob.has_magic(dest):  # what fsspec removes there would be all that matches
+        raise ValueError(f"DEST {dest} is a URL with *, ? or [, which are patterns there: name another")
     if not scheduler:
         workers.warm_up()
     if not overwrite and is_complete(dest, job, write_listing):

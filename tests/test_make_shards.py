@@ -423,6 +423,8 @@ def test_what_others_made_is_left_alone(image_folder: Path, shards_dir: Path, tm
     (tmp_path / "mine/manifest.json").write_text("my own")
     with pytest.raises(ValueError, match=r"mine holds manifest.json"):
         make(image_folder, tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"DEST local:.* is a URL with .*: name another"):
+        make(image_folder, f"local://{tmp_path}/d[12]")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="leaves nothing"):
         make(image_folder, tmp_path / "empty", holdout=60)
