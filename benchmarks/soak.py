@@ -51,7 +51,9 @@ def train(command: list[str], out: Path) -> list[dict[str, float]]:
             time.sleep(1)
             try:
                 lines = (out / "metrics.jsonl").read_text().splitlines()
-                samples.append({"step": json.loads(lines[-1])["step"], **look(ranks_of(launcher))})
+                sample = {"step": json.loads(lines[-1])["step"], **look(ranks_of(launcher))}
+                if sample["anonymous_mb"]:  # else it is ending
+                    samples.append(sample)
             except (OSError, ValueError, IndexError, psutil.Error):
                 continue  # before the first line, or after the end
     if launcher.returncode:
@@ -68,15 +70,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images, shards, out = (Path(folder) / name for name in ("images", "shards", "run"))
         subprocess.run([sys.executable, "benchmarks/digits.py", images], cwd=ROOT, check=True)
-        for part in ("train", "val"):
-            make = [sys.executable, "pipeline/make_shards.py", images / part, shards / part]
+        for split in ("train", "val"):
+            make = [sys.executable, "pipeline/make_shards.py", images / split, shards / split]
             subprocess.run(make, cwd=ROOT, check=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
         command = [sys.executable, *(launcher if arguments.ranks > 1 else []), "train.py", *FIELDS.split()]
         command += [*OPTIONS.split(), "--data", str(shards / "train"), "--knn_data", str(shards / "val")]
         began = time.monotonic()
         samples = train([*command, "--max_steps", str(arguments.steps), "--out", str(out)], out)
-        left = [p.name for p in out.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
+        left = [p.name for p in out.rglob("*") if p.suffix == ".tmp"]
     rows = []
     for tenth in range(10):
         part = [s for s in samples if tenth * arguments.steps < 10 * s["step"] <= (tenth + 1) * arguments.steps]

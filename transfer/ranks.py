@@ -27,8 +27,6 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("gloo" if cpu else "nccl", device_id=None if cpu else device)
-    try:
-        yield Ranks(rank, world_size, device)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield Ranks(rank, world_size, device)
+    if world_size > 1:  # not after an error: NCCL would wait there for the other ranks, and hide it
+        dist.destroy_process_group()
