@@ -71,7 +71,7 @@ def main() -> None:
         images, shards, out = (Path(folder) / name for name in ("images", "shards", "run"))
         subprocess.run([sys.executable, "benchmarks/digits.py", images], cwd=ROOT, check=True)
         for split in ("train", "val"):
-            make = [sys.executable, "pipeline/make_shards.py", images / split, shards / split]
+            make = [sys.executable, "pipeline/make_shards.py", str(images / split), str(shards / split)]
             subprocess.run(make, cwd=ROOT, check=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
         command = [sys.executable, *(launcher if arguments.ranks > 1 else []), "train.py", *FIELDS.split()]
