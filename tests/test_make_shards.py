@@ -474,7 +474,7 @@ def test_progress_in_a_log_file(
         for entry in collect(*arguments, **more):
             time.sleep(0.005)
             yield entry
-        workers.LINE_EVERY = 0.0  # packing so few may take less than a tenth of a second
+        workers.LINE_EVERY = 1e-6  # packing so few may take less than a tenth of a second
 
     monkeypatch.setattr(entry_point, "collect", slowly)
     monkeypatch.setattr(workers, "LINE_EVERY", 0.1)
