@@ -17,8 +17,8 @@ from pipeline.manifest import Source
 from pipeline.prefetch import Decoding, Item
 from pipeline.read import Reader, Samples, draw_of_ids, make_order
 from pipeline.storage import Storage
+from pipeline.views import MeanStd
 
-MeanStd = tuple[views.Triple, views.Triple]
 CROP_MIN = 0.08  # of the image's area: torchvision's default, and that of the linear protocol
 LABELS_TOGETHER = 4096
 EVAL_SHARDS_AHEAD = 4  # on their way from a remote source while one is read from end to end

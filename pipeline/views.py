@@ -33,11 +33,12 @@ RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10  # of RandomResizedCrop, before it takes the central crop
 
 Triple = tuple[float, float, float]
+MeanStd = tuple[Triple, Triple]  # of channels in [0, 1]
 Ints = NDArray[np.int64] | Sequence[int]
 Views = NDArray[np.float32]
 
 
-def mean_std(recipe: str) -> tuple[Triple, Triple]:
+def mean_std(recipe: str) -> MeanStd:
     """Mean and standard deviation per channel, of pixels in [0, 1], by which the recipe normalises."""
     return CIFAR if recipe == "cifar" else IMAGENET
 

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from pipeline.labelled import eval_batches
 from pipeline.manifest import Source, open_source
-from transfer.load import MeanStd, default_resize, load_encoder
+from pipeline.views import MeanStd
+from transfer.load import default_resize, load_encoder
 from transfer.ranks import joined
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB

@@ -11,11 +11,8 @@ import checkpoint
 import recipe as recipes
 from model import interchange
 from model.encoders import Encoder, build_encoder
-from pipeline.views import mean_std
+from pipeline.views import MeanStd, mean_std
 from recipe import Recipe
-
-Triple = tuple[float, float, float]
-MeanStd = tuple[Triple, Triple]
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class LoadedEncoder:
 
     encoder: Encoder
     image_size: int
-    mean_std: MeanStd  # of channels in [0, 1]
+    mean_std: MeanStd
     views: str
     name: str  # for people: the run's folder or the file
     step: int  # of the checkpoint; 0 when untrained or unknown
