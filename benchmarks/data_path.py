@@ -32,10 +32,10 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms as T
 
-from pipeline.graph import Graph
 from pipeline.loader import Loader
-from pipeline.manifest import open_source
-from pipeline.views import IMAGENET, sample_views
+from pipeline.pixels.graph import Graph
+from pipeline.pixels.views import IMAGENET, sample_views
+from pipeline.sources.opening import open_source
 
 SIZE = 224
 Streams = dict[str, Iterator[int]]  # name -> endless stream of batch sizes

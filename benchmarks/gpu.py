@@ -72,7 +72,7 @@ def make_shards(images: Path, work: Path, count: int) -> dict[str, str]:
 
 def child_loader(o: dict[str, Any]) -> dict[str, Any]:
     from pipeline.loader import Loader
-    from pipeline.manifest import open_source
+    from pipeline.sources.opening import open_source
 
     loader = Loader(
         open_source(o["data"], progress=False),

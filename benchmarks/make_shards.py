@@ -27,11 +27,13 @@ import psutil  # type: ignore[import-untyped]
 import simplejpeg  # type: ignore[import-untyped]
 from PIL import Image, ImageCms, ImageOps
 
-from pipeline import pack, workers
-from pipeline.collect import Found, Listing, collect
 from pipeline.make_shards import pack_tasks
-from pipeline.plan import plan
-from pipeline.verify import Options
+from pipeline.packing import shard as pack
+from pipeline.packing import workers
+from pipeline.packing.collect import collect
+from pipeline.packing.listing import Found, Listing
+from pipeline.packing.plan import plan
+from pipeline.packing.prepare import Options
 
 SIDE = 256
 ORIENTATION = 0x0112

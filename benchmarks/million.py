@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from pipeline.manifest import load_manifest
+from pipeline.sources.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 MEGABYTE = 1e6

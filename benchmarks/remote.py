@@ -35,7 +35,7 @@ SHARDS, PER_SHARD, BATCH = 20, 100, 50
 def loader(options: argparse.Namespace) -> dict[str, Any]:
     """Two views of every image, as training takes them; or, for `read`, their bytes alone."""
     from pipeline.loader import Loader
-    from pipeline.manifest import open_source
+    from pipeline.sources.opening import open_source
 
     begun = time.perf_counter()
     source = open_source(options.data, cache_dir=options.cache, progress=False)
@@ -81,9 +81,10 @@ def dali(options: argparse.Namespace) -> dict[str, Any]:
 def make_shards(images: Path, folder: Path) -> None:
     import tarfile
 
-    from pipeline.index import index_tar, write_index
-    from pipeline.manifest import Manifest, Shard, save_manifest
-    from pipeline.scan import checksum_of
+    from pipeline.files import write_atomically
+    from pipeline.sources.index import format_index, index_tar
+    from pipeline.sources.manifest import Manifest, Shard, save_manifest
+    from pipeline.sources.scan import checksum_of
 
     paths = sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
     folder.mkdir()
@@ -93,7 +94,7 @@ def make_shards(images: Path, folder: Path) -> None:
         with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as f:
             for i in range(s * PER_SHARD, (s + 1) * PER_SHARD):
                 f.add(paths[i % len(paths)], f"{i:06d}.jpg")
-        write_index(tar.with_suffix(".idx"), index_tar(tar))
+        write_atomically(tar.with_suffix(".idx"), format_index(index_tar(tar)))
         shards.append(Shard(tar.name, PER_SHARD, tar.stat().st_size, checksum_of(np.fromfile(tar, np.uint8))))
     save_manifest(Manifest(str(folder), tuple(shards)), folder / "manifest.json")
 

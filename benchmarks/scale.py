@@ -47,7 +47,7 @@ def imports(_: argparse.Namespace) -> dict[str, Any]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     from pipeline.loader import Loader
-    from pipeline.manifest import open_source
+    from pipeline.sources.opening import open_source
 
     imported = time.perf_counter()
     source = open_source(options.data, progress=False)
@@ -112,9 +112,10 @@ def dali(options: argparse.Namespace) -> dict[str, Any]:
 def make_folder(folder: Path, shards: int) -> None:
     from PIL import Image
 
-    from pipeline.index import index_tar, write_index
-    from pipeline.manifest import Manifest, Shard, save_manifest
-    from pipeline.scan import checksum_of
+    from pipeline.files import write_atomically
+    from pipeline.sources.index import format_index, index_tar
+    from pipeline.sources.manifest import Manifest, Shard, save_manifest
+    from pipeline.sources.scan import checksum_of
 
     rng = np.random.default_rng(0)
     pictures = []
@@ -133,7 +134,7 @@ def make_folder(folder: Path, shards: int) -> None:
                 content = pictures[(t + i) % len(pictures)]
                 info.size = len(content)
                 f.addfile(info, io.BytesIO(content))
-        write_index(index, index_tar(tar))
+        write_atomically(index, format_index(index_tar(tar)))
         real.append(tar)
         entries.append((SAMPLES, tar.stat().st_size, checksum_of(np.fromfile(tar, np.uint8))))
     lines = []

@@ -22,10 +22,11 @@ import numpy as np
 import webdataset
 from nvidia.dali import fn, pipeline_def
 
-from pipeline.index import index_tar, write_index
-from pipeline.manifest import Manifest, Shard, Source, save_manifest
-from pipeline.quality import shuffle_quality
-from pipeline.read import make_order
+from pipeline.files import write_atomically
+from pipeline.reading.order import make_order
+from pipeline.reading.quality import shuffle_quality
+from pipeline.sources.index import format_index, index_tar
+from pipeline.sources.manifest import Manifest, Shard, Source, save_manifest
 
 CLASSES, BATCH, PER_SHARD = 10, 256, 1000
 
@@ -42,7 +43,7 @@ def write_sorted_shards(folder: Path, samples: int) -> Manifest:
                     member = tarfile.TarInfo(f"{sample:08d}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        write_index(path.with_suffix(".idx"), index_tar(path))
+        write_atomically(path.with_suffix(".idx"), format_index(index_tar(path)))
         shards.append(Shard(path.name, PER_SHARD, path.stat().st_size))
     manifest = Manifest(str(folder), tuple(shards))
     save_manifest(manifest, folder / "manifest.json")
@@ -105,7 +106,7 @@ def main() -> None:
             quality = shuffle_quality(source, order, steps=order.steps_per_epoch)
             ids = np.concatenate([order.draw(0, step).sample_ids for step in range(order.steps_per_epoch)])
             seen = measure(iter((ids * CLASSES // options.samples).tolist()))
-            assert abs(seen["ratio"] - quality["ratio"]) < 0.01  # what `pipeline.order --quality` says
+            assert abs(seen["ratio"] - quality["ratio"]) < 0.01  # what `pipeline.reading.order --quality` says
             return seen
 
         ways: dict[str, Callable[[], dict[str, float]]] = {

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline import views
-from pipeline.graph import Graph
 from pipeline.loader import any_remote, prefetch_shards, shards_ahead, usual_threads
-from pipeline.manifest import Source
-from pipeline.prefetch import Decoding, Item
-from pipeline.read import Reader, Samples, draw_of_ids, make_order
-from pipeline.storage import Storage
-from pipeline.views import MeanStd
+from pipeline.pixels import views
+from pipeline.pixels.graph import Graph
+from pipeline.pixels.views import MeanStd
+from pipeline.reading.ahead import Decoding, Item
+from pipeline.reading.order import draw_of_ids, make_order
+from pipeline.reading.reader import Reader, Samples
+from pipeline.sources.manifest import Source
+from pipeline.sources.storage import Storage
 
 CROP_MIN = 0.08  # of the image's area: torchvision's default, and that of the linear protocol
 LABELS_TOGETHER = 4096

@@ -16,13 +16,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline import views as view_parameters
-from pipeline.graph import Graph
-from pipeline.manifest import Source, open_source
-from pipeline.prefetch import Decoding, Item
-from pipeline.read import Reader, Samples, make_order
-from pipeline.screen import MAX_PIXELS
-from pipeline.storage import Storage, is_remote
+from pipeline.files import is_remote
+from pipeline.pixels import views as view_parameters
+from pipeline.pixels.graph import Graph
+from pipeline.pixels.screen import MAX_PIXELS
+from pipeline.reading.ahead import Decoding, Item
+from pipeline.reading.order import make_order
+from pipeline.reading.reader import Reader, Samples
+from pipeline.sources.manifest import Source
+from pipeline.sources.opening import open_source
+from pipeline.sources.storage import Storage
 
 # Shards that a rank of a remote source has on their way before it needs them, when a lane is shuffled as a whole. When
 # it is shuffled in chunks, all lanes come to the next chunk at about the same time: then it is this chunk and the next.

@@ -2,12 +2,12 @@
 
     python pipeline/make_shards.py SRC DEST
 
-1. List: every image of SRC, in a fixed order, into a listing on disk (`pipeline.collect`).
+1. List: every image of SRC, in a fixed order, into a listing on disk (`pipeline.packing.collect`).
 2. Hash, with `--dedup`: the contents, in parallel; equal ones but the first drop out.
-3. Plan: a permutation by the seed, cut into shards (`pipeline.plan`); known before any image is looked at.
-4. Pack: each shard by one worker (`pipeline.pack`), verified. A shard that is done has a record; the same command after
-   an interruption packs those without one (`pipeline.state`).
-5. Finish: found = packed + rejected + duplicates; manifest, lists, contact sheet, table (`pipeline.finish`).
+3. Plan: a permutation by the seed, cut into shards (`pipeline.packing.plan`); known before any image is looked at.
+4. Pack: each shard by one worker (`pipeline.packing.shard`), verified. A shard that is done has a record; the same
+   command after an interruption packs those without one (`pipeline.packing.journal`).
+5. Finish: found = packed + rejected + duplicates; manifest, lists, contact sheet, table (`pipeline.packing.summary`).
 """
 
 import errno
@@ -29,16 +29,27 @@ import numpy as np
 import xxhash
 from jsonargparse import ArgumentParser
 
-from pipeline import destination, lists, workers
-from pipeline.card import is_pattern
-from pipeline.collect import Found, Listing, collect
-from pipeline.finish import finish, table
-from pipeline.pack import HashTask, Item, PackTask, hash_contents, pack
-from pipeline.plan import Planned, find_duplicates, image_numbers, plan
-from pipeline.remote import reason
-from pipeline.state import STATE, begun, copy_up, finished, is_complete, remove_ours, remove_state, state_folder
-from pipeline.storage import is_remote, local_path
-from pipeline.verify import Options
+from pipeline import files as destination
+from pipeline.files import is_remote, local_path
+from pipeline.packing import lists, workers
+from pipeline.packing.collect import SUMMARY, collect
+from pipeline.packing.journal import (
+    STATE,
+    begun,
+    copy_up,
+    finished,
+    is_complete,
+    remove_ours,
+    remove_state,
+    state_folder,
+)
+from pipeline.packing.listing import Found, Listing
+from pipeline.packing.plan import Planned, find_duplicates, image_numbers, plan
+from pipeline.packing.prepare import Options
+from pipeline.packing.shard import HashTask, Item, PackTask, hash_contents, pack
+from pipeline.packing.summary import finish, table
+from pipeline.sources.card import is_pattern
+from pipeline.sources.remote import reason
 
 HASHED_TOGETHER = 5_000
 
@@ -136,7 +147,7 @@ def make_shards(
             )
         counts = finish(dest, records, state, listing, shards, seed)
     summary = {"job": job, "digest": listing.summary["digest"], **counts}
-    destination.write(destination.join(dest, destination.SUMMARY), json.dumps(summary, indent=1).encode())
+    destination.write(destination.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
     remove_state(dest)
     print(table(counts, dest, time.monotonic() - began))
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.graph import Graph
-from pipeline.manifest import open_source
-from pipeline.read import Reader, make_order
-from pipeline.storage import Storage
-from pipeline.views import RECIPES, describe, mean_std, sample_views
+from pipeline.pixels.graph import Graph
+from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
+from pipeline.reading.order import make_order
+from pipeline.reading.reader import Reader
+from pipeline.sources.opening import open_source
+from pipeline.sources.storage import Storage
 
 CELL = 240  # side of a picture on the sheet, in pixels
 PRINT = 62  # height of the small print below it

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import webdataset
 
-from pipeline.index import index_tar, write_index
-from pipeline.manifest import Manifest, Shard, save_manifest
+from pipeline.files import write_atomically
+from pipeline.sources.index import format_index, index_tar
+from pipeline.sources.manifest import Manifest, Shard, save_manifest
 
 
 def write_shards(folder: Path, files: list[tuple[str, bytes, int | None]], per_shard: int) -> Path:
@@ -20,7 +21,7 @@ def write_shards(folder: Path, files: list[tuple[str, bytes, int | None]], per_s
                 stem, _, extension = name.rpartition(".")
                 sample = {"__key__": f"{start + i:06d}_{stem.replace('.', '_')}", extension: content}
                 writer.write(sample | ({} if label is None else {"cls": str(label).encode()}))
-        write_index(path.with_suffix(".idx"), index_tar(path))
+        write_atomically(path.with_suffix(".idx"), format_index(index_tar(path)))
         shards.append(Shard(path.name, len(part), path.stat().st_size, ""))
     save_manifest(Manifest(str(folder), tuple(shards)), folder / "manifest.json")
     return folder

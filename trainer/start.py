@@ -20,9 +20,10 @@ from model.batchnorm import batchnorm_shortcut, split_batchnorm
 from model.encoders import Encoder, build_encoder
 from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo
-from pipeline import views
 from pipeline.loader import Loader
-from pipeline.manifest import Source, open_source
+from pipeline.pixels import views
+from pipeline.sources.manifest import Source
+from pipeline.sources.opening import open_source
 from recipe import Recipe
 from trainer.watch import Log, warnings_before
 from transfer import knn

@@ -18,10 +18,11 @@ from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from pipeline.index import read_index
-from pipeline.manifest import Source, open_source
-from pipeline.read import draw_of_ids
-from pipeline.storage import Storage
+from pipeline.reading.order import draw_of_ids
+from pipeline.sources.index import read_index
+from pipeline.sources.manifest import Source
+from pipeline.sources.opening import open_source
+from pipeline.sources.storage import Storage
 from transfer.knn import extract, nearest
 from transfer.load import LoadedEncoder, load_encoder
 

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.labelled import eval_batches
-from pipeline.manifest import Source, open_source
-from pipeline.views import MeanStd
+from pipeline.pixels.views import MeanStd
+from pipeline.sources.manifest import Source
+from pipeline.sources.opening import open_source
 from transfer.load import default_resize, load_encoder
 from transfer.ranks import joined
 

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from pipeline.index import write_atomically
+from pipeline.files import write_atomically
 from pipeline.labelled import eval_batches, read_labels, train_batches
-from pipeline.manifest import Source, open_source
-from pipeline.read import make_order
+from pipeline.reading.order import make_order
+from pipeline.sources.manifest import Source
+from pipeline.sources.opening import open_source
 from transfer.knn import check_classes, counting
 from transfer.load import LoadedEncoder, default_resize, load_encoder, weights_hash
 from transfer.ranks import Ranks, joined

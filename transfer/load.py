@@ -11,7 +11,7 @@ import checkpoint
 import recipe as recipes
 from model import interchange
 from model.encoders import Encoder, build_encoder
-from pipeline.views import MeanStd, mean_std
+from pipeline.pixels.views import MeanStd, mean_std
 from recipe import Recipe
 
 

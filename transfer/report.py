@@ -22,8 +22,8 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
 import recipe as recipes
-from pipeline.manifest import open_source
 from pipeline.preview import preview
+from pipeline.sources.opening import open_source
 from recipe import Recipe
 from transfer.chart import COLOURS, Line, line_chart, short
 from transfer.curves import read_metrics, series

@@ -1,0 +1,108 @@
+"""Where shards go: a local folder or any fsspec URL. What is written there appears whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url and not url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    return Path(url.removeprefix("file://")).expanduser()
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it."""
+    import fsspec  # a fifth of a second, and only remote places need it
+
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # other processes write there too
+
+
+def join(place: str, name: str) -> str:
+    return f"{place.rstrip('/')}/{name}"
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, whole, whatever dies when."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def make_folder(place: str) -> None:
+    if is_remote(place):
+        fs, path = file_system(place)
+        if path.startswith("/"):  # a bucket has no folders, and one that is not there is a mistake in its name
+            fs.makedirs(path, exist_ok=True)
+    else:
+        local_path(place).mkdir(parents=True, exist_ok=True)
+
+
+def names(place: str) -> set[str]:
+    """The names of what lies directly in a folder; empty when there is none."""
+    if not is_remote(place):
+        return {p.name for p in local_path(place).iterdir()} if local_path(place).is_dir() else set()
+    fs, path = file_system(place)
+    with contextlib.suppress(FileNotFoundError):
+        return {str(found).rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False)}
+    return set()
+
+
+def read(place: str) -> bytes:
+    if not is_remote(place):
+        return local_path(place).read_bytes()
+    fs, path = file_system(place)
+    return bytes(fs.cat_file(path))
+
+
+def write(place: str, content: bytes) -> None:
+    if is_remote(place):
+        fs, path = file_system(place)
+        fs.pipe_file(path, content)  # an object appears when its upload is complete
+    else:
+        write_atomically(local_path(place), content)
+
+
+def remove(place: str) -> None:
+    """Removes a file; nothing happens when there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(place):
+            fs, path = file_system(place)
+            fs.rm_file(path)
+        else:
+            local_path(place).unlink()
+
+
+@contextlib.contextmanager
+def writing(place: str) -> Iterator[BinaryIO]:
+    """A file to write to, that becomes `place` when the block ends without an error."""
+    if is_remote(place):
+        with tempfile.NamedTemporaryFile(prefix="make_shards-") as file:
+            yield file  # type: ignore[misc]
+            file.flush()
+            fs, path = file_system(place)
+            fs.put_file(file.name, path)
+        return
+    final = local_path(place)
+    beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb", buffering=1 << 14) as local:  # images are larger: they are not copied once more
+            yield local
+            local.flush()
+            os.fsync(local.fileno())
+        beside.replace(final)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""The bytes of listed images: files, ranges of archives, URLs; of remote ones, several at a time."""
+
+import contextlib
+import itertools
+import os
+import struct
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from pipeline.files import file_system, is_remote
+from pipeline.packing.listing import Entry
+from pipeline.packing.prepare import Rejected
+from pipeline.sources import remote
+
+TOGETHER = 32  # remote requests in flight
+ATTEMPTS = 4  # of a remote read, before it is an error
+OPEN_ARCHIVES = 64
+ZIP_HEADER = 30
+LARGEST_MEMBER = 1 << 30  # bytes that a member of a zip may unpack to: there are zip bombs
+ZIP_SLACK = 256  # how much longer than in the directory a member's own header may be before it takes a second read
+
+
+class Part(NamedTuple):
+    path: str
+    offset: int  # -1: the whole file
+    size: int
+
+
+def parts_of(entry: Entry) -> list[Part]:
+    """The image, then what lies beside it in the archive."""
+    size = entry.size
+    if entry.packing is not None:
+        size += ZIP_HEADER + len(entry.name.encode("utf-8", "surrogateescape")) + ZIP_SLACK
+    beside = [Part(entry.path, offset, size) for _, offset, size in entry.beside or ()]
+    return [Part(entry.path, entry.offset, size), *beside]
+
+
+def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
+    """For each entry its bytes and those of its neighbours in the sample, or why there are none.
+
+    FileNotFoundError for a file that was there when it was listed; OSError for a store that does not answer.
+    """
+    with contextlib.ExitStack() as stack:
+        archives: OrderedDict[str, int] = OrderedDict()
+        stack.callback(_close, archives)
+        iterator = iter(entries)
+        while group := list(itertools.islice(iterator, TOGETHER)):
+            parts = [parts_of(entry) for entry in group]
+            away = [p for of_entry in parts for p in of_entry if is_remote(p.path)]
+            answers = iter(_remote(away)) if away else iter(())
+            for entry, of_entry in zip(group, parts):
+                # All of them, before one can fail: the next image's answers would be taken for the rest of this one's.
+                arrived = [next(answers) if is_remote(p.path) else p for p in of_entry] if away else of_entry
+                try:
+                    if entry.size < 0 and not is_remote(entry.path) and not os.path.isfile(entry.path):  # noqa: PTH113
+                        raise Rejected("no such file", entry.path)
+                    contents = [_local(a, archives) if isinstance(a, Part) else _checked(a) for a in arrived]
+                    if entry.offset >= 0:
+                        _check_sizes(of_entry, contents, entry)
+                    if entry.packing is not None:
+                        contents[0] = _unzip(contents[0], entry, archives)
+                    yield contents
+                except (FileNotFoundError, IsADirectoryError):
+                    if entry.size < 0:
+                        yield Rejected("no such file", entry.path)
+                        continue
+                    raise FileNotFoundError(
+                        f"{entry.path} has vanished since it was listed: put it back and run the same command again, "
+                        "or begin anew without it by --overwrite"
+                    ) from None
+                except PermissionError as error:
+                    yield Rejected("permission denied", str(error))
+                except Rejected as why:
+                    yield why
+
+
+def _check_sizes(parts: list[Part], contents: list[bytes], entry: Entry) -> None:
+    """Of a zip's member more was asked for than there may be."""
+    for part, content in zip(parts, contents):
+        least = 0 if entry.packing is not None else part.size
+        if not least <= len(content) <= part.size:
+            raise ValueError(
+                f"{part.path}: {len(content):,} bytes where {part.size:,} at {part.offset:,} were asked for: it "
+                "changed since it was listed, or its server cannot send parts of files"
+            )
+
+
+def _close(archives: "OrderedDict[str, int]") -> None:
+    for descriptor in archives.values():
+        os.close(descriptor)
+
+
+def _local(part: Part, archives: "OrderedDict[str, int]") -> bytes:
+    if part.offset < 0:
+        with open(part.path, "rb", buffering=0) as file:  # noqa: PTH123 (a Path would cost as much as the read)
+            return file.read()
+    descriptor = archives.pop(part.path, -1)
+    if descriptor < 0:
+        descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
+        if len(archives) >= OPEN_ARCHIVES:
+            os.close(archives.popitem(last=False)[1])
+    archives[part.path] = descriptor  # the youngest
+    return os.pread(descriptor, part.size, part.offset)
+
+
+def _checked(content: bytes | BaseException) -> bytes:
+    if isinstance(status := getattr(content, "status", None), int) and remote.is_final(content):
+        raise Rejected("refused by its server", f"{status} {getattr(content, 'message', '')}")
+    if isinstance(content, BaseException):
+        if not isinstance(content, OSError) and remote.is_final(content):
+            raise ValueError(f"{remote.reason(content)}: check the address and your credentials")
+        raise content
+    return content
+
+
+def _remote(parts: list[Part]) -> list[bytes | BaseException]:
+    """All parts at once; what failed otherwise than by not being there is asked for again, a second later each time."""
+    contents: list[bytes | BaseException] = [OSError("not read yet")] * len(parts)
+    waiting = list(range(len(parts)))
+    for attempt in range(ATTEMPTS):
+        for _, members in itertools.groupby(waiting, key=lambda i: parts[i].path.partition("://")[0]):
+            numbers = list(members)
+            fs, _ = file_system(parts[numbers[0]].path)
+            paths = [fs._strip_protocol(parts[i].path) for i in numbers]
+            begins = [None if parts[i].offset < 0 else parts[i].offset for i in numbers]
+            ends = [None if parts[i].offset < 0 else parts[i].offset + parts[i].size for i in numbers]
+            # Not `cat`, even for whole files: it takes `photo [1].jpg` for a pattern.
+            for i, answer in zip(numbers, fs.cat_ranges(paths, begins, ends, on_error="return")):
+                contents[i] = answer
+        waiting = [i for i in waiting if isinstance(contents[i], Exception) and not remote.is_final(contents[i])]
+        if not waiting:
+            break
+        if attempt + 1 == ATTEMPTS:
+            i = waiting[0]
+            raise OSError(f"{parts[i].path} could not be read in {ATTEMPTS} attempts: {remote.reason(contents[i])}")
+        time.sleep(attempt + 1)
+    return contents
+
+
+def _unzip(blob: bytes, entry: Entry, archives: "OrderedDict[str, int]") -> bytes:
+    """The member whose local header `blob` begins with."""
+    if entry.packing not in (0, 8):
+        raise Rejected("zip member not readable", "encrypted" if entry.packing == -1 else f"method {entry.packing}")
+    if blob[:4] != b"PK\x03\x04":
+        raise Rejected("zip member not readable", "no header where the directory says")
+    begin = ZIP_HEADER + sum(struct.unpack("<HH", blob[26:30]))
+    if len(blob) < begin + entry.size:
+        longer = Part(entry.path, entry.offset, begin + entry.size)
+        blob = _checked(_remote([longer])[0]) if is_remote(entry.path) else _local(longer, archives)
+    data = blob[begin : begin + entry.size]
+    if entry.packing == 0:
+        return data
+    inflater = zlib.decompressobj(-15)
+    try:
+        data = inflater.decompress(data, LARGEST_MEMBER)
+    except zlib.error as error:
+        raise Rejected("zip member not readable", str(error)) from None
+    if not inflater.eof:
+        raise Rejected("zip member not readable", f"cut short, or more than {LARGEST_MEMBER:,} bytes")
+    return data

@@ -1,0 +1,173 @@
+"""What earlier commands left in DEST: may this one go on with it, is all done, is it another's to be left alone?
+
+While a command is at work, DEST/.make_shards holds its listing, its job and the records of the shards that are done;
+at the end make_shards.json takes their place. DEST/.make_shards/job.json is written last of what a command begins with.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import files as destination
+from pipeline.files import is_remote, local_path
+from pipeline.packing.collect import SUMMARY
+from pipeline.packing.listing import Listing
+from pipeline.packing.plan import Planned
+
+STATE = ".make_shards"  # in DEST: the listing and the records of finished shards, until all are
+LISTING = ("listing.jsonl", "listing.bin", "listing.json", "job.json")  # the last one says that all are there
+OURS = r"shard-\d{6,}\.(tar|idx)|(manifest|make_shards)\.json|(rejected|duplicates)\.jsonl|contact_sheet\.png"
+
+
+@contextlib.contextmanager
+def state_folder(dest: str) -> Iterator[Path]:
+    """The local folder with the listing: DEST/.make_shards itself, or for a remote DEST a copy of that."""
+    if not is_remote(dest):
+        folder = local_path(destination.join(dest, STATE))
+        is_new = not folder.parent.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.parent):
+            try:
+                _remove_leftovers(folder.parent)
+                yield folder
+                _remove_leftovers(folder.parent)
+            finally:
+                if not (folder / "job.json").exists():  # nothing was begun, nothing is left behind
+                    shutil.rmtree(folder, ignore_errors=True)
+                    if is_new:
+                        with contextlib.suppress(OSError):
+                            folder.parent.rmdir()  # if it is empty
+        return
+    with tempfile.TemporaryDirectory(prefix="make_shards-") as temporary:
+        if set(LISTING) <= destination.names(destination.join(dest, STATE)):
+            fs, root = destination.file_system(destination.join(dest, STATE))
+            for name in LISTING:
+                fs.get_file(f"{root}/{name}", str(Path(temporary) / name))
+        yield Path(temporary)
+
+
+@contextlib.contextmanager
+def _locked(dest: Path) -> Iterator[None]:
+    """One command at a time: it would take the other's files for what a killed one left."""
+    folder = os.open(dest, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another make_shards is at work in {dest}: wait for it, or end it first") from None
+        except OSError:
+            pass  # not every network file system can lock a folder
+        yield
+    finally:
+        os.close(folder)
+
+
+def _remove_leftovers(dest: Path) -> None:
+    """What workers that were killed had not finished."""
+    for place in (dest, dest / "train", dest / "val"):
+        for left in place.glob(".*.tmp"):
+            if re.fullmatch(rf"\.({OURS})\.\d+\.tmp", left.name):
+                left.unlink(missing_ok=True)
+
+
+def begun(state: Path, job: dict[str, Any], dest: str) -> Listing | None:
+    """The listing of an interrupted run of the same job; ValueError when it was another job."""
+    records = destination.join(dest, STATE)
+    there = destination.names(records)
+    before = json.loads(destination.read(destination.join(records, "job.json"))) if "job.json" in there else {}
+    if before == job or (before and any(name.endswith(".json") and "shard-" in name for name in there)):
+        _refuse_if_changed(before, job, dest)
+        return Listing(state)
+    if not there:
+        for split in ("", "train", "val") if job["holdout"] else ("",):
+            folder = destination.join(dest, split).rstrip("/")
+            if name := next((n for n in destination.names(folder) if n.endswith(".tar") or re.fullmatch(OURS, n)), ""):
+                raise ValueError(f"{folder} holds {name}, which make_shards did not begin there: name another folder")
+    remove_ours(dest)  # no shard is done: the mistake in the earlier command costs nothing
+    return None
+
+
+def _refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -> None:
+    changed = [f"{name} {before.get(name)!r} there, {job[name]!r} now" for name in job if before.get(name) != job[name]]
+    if changed:
+        raise ValueError(
+            f"{dest} was made otherwise ({'; '.join(changed)}): name another folder, or add --overwrite to make it anew"
+        )
+
+
+def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
+    """Whether `dest` is done already, with the same inputs and options; ValueError when they were others."""
+    if SUMMARY not in destination.names(dest):
+        return False
+    summary = json.loads(destination.read(destination.join(dest, SUMMARY)))
+    _refuse_if_changed(summary["job"], job, dest)
+    for split, count in summary["shards"].items():
+        folder = destination.join(dest, split).rstrip("/")
+        if (missing := count - sum(name.endswith(".tar") for name in destination.names(folder))) > 0:
+            raise ValueError(f"{missing} of {count} shards are missing in {folder}: add --overwrite to make it anew")
+    with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
+        listing = write_listing(Path(folder))
+        if listing.summary["digest"] != summary["digest"]:
+            raise ValueError(
+                f"{dest} was made from {summary['found']:,} images that are no longer those of {job['src']} "
+                f"({len(listing):,} now): name another folder, or add --overwrite to make it anew"
+            )
+    remove_state(dest)
+    print(f"{dest} is complete: {summary['packed']:,} of {summary['found']:,} images packed; nothing to do")
+    return True
+
+
+def remove_ours(dest: str) -> None:
+    """Deletes what make_shards wrote, nothing else; killed in the middle, it can be called again."""
+    if SUMMARY not in destination.names(dest) and not destination.names(destination.join(dest, STATE)):
+        return
+    destination.make_folder(destination.join(dest, STATE))
+    destination.write(destination.join(dest, f"{STATE}/job.json"), b"{}")  # of no job, and what is left is ours
+    destination.remove(destination.join(dest, SUMMARY))
+    for split in ("", "train", "val"):
+        folder = destination.join(dest, split).rstrip("/")
+        there = destination.names(folder)
+        if split and SUMMARY in there:
+            continue  # with its own, it is another command's DEST
+        for name in there:
+            if re.fullmatch(OURS, name):
+                destination.remove(destination.join(folder, name))
+    remove_state(dest)
+
+
+def remove_state(dest: str) -> None:
+    place = destination.join(dest, STATE)
+    if not is_remote(place):
+        shutil.rmtree(local_path(place), ignore_errors=True)
+    elif destination.names(place):
+        fs, path = destination.file_system(place)
+        fs.rm(path, recursive=True)
+
+
+def copy_up(state: Path, records: str) -> None:
+    if is_remote(records):
+        destination.make_folder(records)
+        fs, path = destination.file_system(records)
+        for name in LISTING:
+            fs.put_file(str(state / name), f"{path}/{name}")
+
+
+def finished(dest: str, shards: list[Planned]) -> set[Planned]:
+    """The shards that have a record, and are there unless nothing was left of them."""
+    records = destination.names(destination.join(dest, STATE))
+    splits = {shard.split for shard in shards}
+    tars = {split: destination.names(destination.join(dest, split).rstrip("/")) for split in splits}
+    done = set()
+    for shard in shards:
+        if shard.record in records:
+            there = f"shard-{shard.number:06d}.tar" in tars[shard.split]
+            if there or not json.loads(destination.read(destination.join(dest, f"{STATE}/{shard.record}")))["samples"]:
+                done.add(shard)
+    return done

@@ -1,0 +1,161 @@
+"""One shard: fetches the images that were planned for it, verifies them, writes tar, index and record.
+
+A shard is a pure function of its task, so it does not matter which process packs it, when, or how often. It is written
+beside its final name and renamed when it is whole; the record that marks it as done comes last.
+"""
+
+import json
+import posixpath
+import re
+import tarfile
+import warnings
+from collections import Counter
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from pipeline import files as destination
+from pipeline.packing.fetch import fetch
+from pipeline.packing.listing import Entry
+from pipeline.packing.prepare import Options, Rejected, prepare
+from pipeline.sources.index import BLOCK, Component, format_index
+
+PROGRESS: Any = None  # in a local worker: images and bytes done, a shared array that the bar reads
+
+
+class Item(NamedTuple):
+    """An image of a shard: its number in the listing, its entry, its label."""
+
+    number: int
+    entry: Entry
+    label: int | None
+
+
+class PackTask(NamedTuple):
+    shard: str  # where the tar goes
+    record: str  # where its record goes
+    items: list[Item]
+    options: Options
+
+
+class HashTask(NamedTuple):
+    output: str  # where the hashes go
+    entries: list[Entry]
+
+
+class _Sink:
+    """The file that the tar goes to, hashed on its way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.bytes = 0
+        self.hash = xxhash.xxh3_64()
+
+    def write(self, block: bytes) -> int:
+        self.hash.update(block)
+        self.bytes += len(block)
+        return self._file.write(block)
+
+    def tell(self) -> int:
+        return self.bytes
+
+
+def pack(task: PackTask) -> int:
+    """Packs a shard; returns how many images it was planned for.
+
+    Its record: samples, bytes, checksum, images of each label, what was rejected and why. A shard of which nothing is
+    left is not written.
+    """
+    pixel_guard, Image.MAX_IMAGE_PIXELS = (
+        Image.MAX_IMAGE_PIXELS,
+        None,
+    )  # ours is `max_pixels`; Pillow's would warn below it
+    try:
+        # Pillow's opinions on metadata are nobody's concern here.
+        with warnings.catch_warnings(action="ignore"), destination.writing(task.shard) as file:
+            sink = _Sink(file)
+            record, index = _write(task, sink)
+            record |= {"bytes": sink.bytes, "checksum": f"xxh3_64:{sink.hash.hexdigest()}"}
+            destination.write(task.shard.removesuffix(".tar") + ".idx", format_index(index))
+    finally:
+        Image.MAX_IMAGE_PIXELS = pixel_guard
+    if not record["samples"]:
+        destination.remove(task.shard)
+        destination.remove(task.shard.removesuffix(".tar") + ".idx")
+    destination.write(task.record, json.dumps(record).encode())
+    return len(task.items)
+
+
+def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Component]]]:
+    rejected: list[dict[str, str]] = []
+    labels: Counter[str] = Counter()
+    index: list[list[Component]] = []
+    image_bytes = position = 0
+    import webdataset  # brings torch: seconds that the parent process does not have to wait
+
+    writer = webdataset.TarWriter(sink, user="", group="", mode=0o644, mtime=0, encoder=False)
+    # TarWriter opens its tar as a stream in blocks of 10 kB and in PAX format: this one is USTAR, and twice as fast.
+    writer.tarstream = tarfile.TarFile(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=1 << 20)  # type: ignore[arg-type,call-arg]
+    with writer:
+        for item, contents in zip(task.items, fetch(item.entry for item in task.items)):
+            try:
+                if isinstance(contents, Rejected):
+                    raise contents
+                data, extension = prepare(contents[0], item.entry.name, task.options)
+                sample = {"__key__": sample_key(item), **_beside(item, contents[1:]), extension: data}
+                writer.write(sample)
+                components = []
+                for name in sorted(sample.keys() - {"__key__"}):  # the writer's order
+                    size = len(sample[name])
+                    components.append(Component(name, position + BLOCK, size, f"{sample['__key__']}.{name}"))
+                    position += BLOCK + -(-size // BLOCK) * BLOCK
+                index.append(components)
+                image_bytes += len(data)
+                labels[sample.get("cls", b"").decode("ascii", "replace")] += 1
+            except Rejected as why:
+                rejected.append({"name": item.entry.name, "reason": why.reason, "detail": why.detail})
+            _advance(item.entry)
+        if writer.tarstream.offset != position:
+            raise RuntimeError(f"{task.shard}: the index says {position} bytes, the tar has {writer.tarstream.offset}")
+    record = {"samples": len(index), "image_bytes": image_bytes, "labels": labels, "rejected": rejected}
+    return record, index
+
+
+def _advance(entry: Entry) -> None:
+    if PROGRESS is not None:
+        with PROGRESS.get_lock():
+            PROGRESS[0] += 1
+            PROGRESS[1] += max(entry.size, 0)
+
+
+def _beside(item: Item, contents: list[bytes]) -> dict[str, Any]:
+    """What goes into the sample beside the image: its label, its columns, what a WebDataset sample brought along."""
+    parts = {name: data for (name, _, _), data in zip(item.entry.beside or (), contents)}
+    if item.label is not None:
+        parts["cls"] = str(item.label).encode()
+    if item.entry.columns:
+        parts["json"] = json.dumps(item.entry.columns, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return parts
+
+
+def sample_key(item: Item) -> str:
+    """The image's number in the listing, so that it is unique, and its name in letters that every tar reader takes."""
+    stem = posixpath.basename(item.entry.name).rpartition(".")[0] or item.entry.name
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{9,}-", "", stem))  # not one number more with each packing
+    return f"{item.number:09d}-{stem[:64]}"
+
+
+def hash_contents(task: HashTask) -> int:
+    """Writes the xxh3_128 of each image's bytes, 16 bytes each; returns their number.
+
+    What cannot be read is hashed by its name: it is no duplicate, and rejected when it is packed.
+    """
+    hashes = []
+    for entry, contents in zip(task.entries, fetch(task.entries)):
+        content = entry.name.encode("utf-8", "surrogateescape") if isinstance(contents, Rejected) else contents[0]
+        hashes.append(xxhash.xxh3_128(content).digest())
+        _advance(entry)
+    destination.write(task.output, np.frombuffer(b"".join(hashes), np.uint64).tobytes())
+    return len(task.entries)

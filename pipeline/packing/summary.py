@@ -1,0 +1,185 @@
+"""When all shards are packed: manifest, lists of what was left out, a picture of what was packed, a table."""
+
+import bisect
+import io
+import itertools
+import json
+import random
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from pipeline import files as destination
+from pipeline.files import is_remote, local_path
+from pipeline.packing.collect import CONTACT_SHEET
+from pipeline.packing.listing import Listing
+from pipeline.packing.plan import Planned, duplicate_pairs
+from pipeline.sources.index import image_rank
+from pipeline.sources.manifest import Manifest, Shard, save_manifest
+
+SHEET = (8, 6)  # pictures across and down
+CELL, CAPTION = 128, 16  # pixels
+
+
+def finish(
+    dest: str, records: str, state: Path, listing: Listing, shards: Sequence[Planned], seed: int
+) -> dict[str, Any]:
+    """Writes what belongs to the shards and returns the counts. ValueError when nothing could be packed."""
+    reasons: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    made: dict[str, list[Shard]] = {shard.split: [] for shard in shards}
+    packed = image_bytes = 0
+    first = ""
+    with destination.writing(destination.join(dest, "rejected.jsonl")) as lines:
+        for shard in shards:
+            record = json.loads(destination.read(destination.join(records, shard.record)))
+            for line in record["rejected"]:
+                lines.write(json.dumps(line).encode() + b"\n")
+                reasons[line["reason"]] += 1
+                first = first or f"{line['name']}: {line['reason']} {line['detail']}"
+            packed += record["samples"]
+            image_bytes += record["image_bytes"]
+            labels.update(record["labels"])
+            if record["samples"]:
+                file = f"shard-{shard.number:06d}.tar"
+                made[shard.split].append(Shard(file, record["samples"], record["bytes"], record["checksum"]))
+    if not packed:
+        raise ValueError(f"none of the {len(listing):,} images can be used; the first: {first}")
+    duplicates = _write_duplicates(dest, state, listing)
+    found, rejected = len(listing), reasons.total()
+    if found != packed + rejected + duplicates:
+        raise RuntimeError(f"found {found} != packed {packed} + rejected {rejected} + duplicates {duplicates}")
+    for split, of_split in made.items():
+        folder = destination.join(dest, split).rstrip("/")
+        _save_manifest(
+            Manifest(folder, tuple(of_split), class_names(listing)), destination.join(folder, "manifest.json")
+        )
+    tars = [
+        (s, shard.samples) for split, of in made.items() for shard in of for s in [f"{split}/{shard.path}".lstrip("/")]
+    ]
+    destination.write(destination.join(dest, CONTACT_SHEET), contact_sheet(dest, tars, class_names(listing), seed))
+    labels.pop("", None)
+    return {
+        "found": found,
+        "packed": packed,
+        "rejected": rejected,
+        "duplicates": duplicates,
+        "reasons": dict(reasons.most_common()),
+        "classes": len(labels),
+        "image_bytes": image_bytes,
+        "shards": {split: len(of_split) for split, of_split in made.items()},
+        "samples": {split: sum(s.samples for s in of_split) for split, of_split in made.items()},
+        "ignored": listing.summary["ignored"],
+    }
+
+
+def class_names(listing: Listing) -> tuple[str, ...]:
+    """Names by number; labels that came as numbers are their own names."""
+    if listing.summary["labels_are_numbers"] and listing.classes:
+        return tuple(map(str, range(int(listing.classes[-1]) + 1))) if int(listing.classes[-1]) < 1_000_000 else ()
+    return tuple(listing.classes)
+
+
+def _save_manifest(manifest: Manifest, place: str) -> None:
+    if not is_remote(place):
+        save_manifest(manifest, local_path(place))
+        return
+    with destination.writing(place) as file:
+        here = Path(file.name).with_suffix(".json")
+        save_manifest(Manifest(str(here.parent), manifest.shards, manifest.classes), here)
+        file.write(here.read_bytes())
+        here.unlink()
+
+
+def _write_duplicates(dest: str, state: Path, listing: Listing) -> int:
+    count = 0
+    if (state / "duplicates.bin").exists():
+        with destination.writing(destination.join(dest, "duplicates.jsonl")) as lines:
+            for duplicate, original in duplicate_pairs(state):
+                line = {"name": listing[duplicate].name, "same_as": listing[original].name}
+                lines.write(json.dumps(line).encode() + b"\n")
+                count += 1
+    return count
+
+
+def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[str], seed: int) -> bytes:
+    """A PNG of images from all over the shards, with their classes: a look at it shows most mistakes."""
+    import matplotlib  # a fifth of a second, in no hurry
+
+    ends = list(itertools.accumulate(samples for _, samples in tars))
+    chosen = sorted(random.Random(seed).sample(range(ends[-1]), min(ends[-1], SHEET[0] * SHEET[1])))
+    across = min(len(chosen), SHEET[0])
+    # Pillow's own font has ASCII alone; this one is a file that comes with matplotlib.
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 11)
+    sheet = Image.new("RGB", (across * CELL, -(-len(chosen) // across) * (CELL + CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    with warnings.catch_warnings(action="ignore"):  # Pillow's opinions on metadata
+        for cell, number in enumerate(chosen):
+            tar, samples = tars[i := bisect.bisect(ends, number)]
+            image, label = _sample(destination.join(dest, tar), number - ends[i] + samples)
+            thumbnail = ImageOps.contain(image, (CELL - 4, CELL - 4))
+            x, y = cell % across * CELL, cell // across * (CELL + CAPTION)
+            sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
+            text = classes[int(label)] if label.isdecimal() and int(label) < len(classes) else label
+            text = " ".join(text.split())  # a name of two lines has no length
+            if font.getlength(text) > CELL - 4:
+                text = next(
+                    cut for end in range(len(text), 0, -1) if font.getlength(cut := f"{text[:end]}…") <= CELL - 4
+                )
+            draw.text((x + CELL // 2, y + CELL), text, fill="black", font=font, anchor="ma")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _sample(tar: str, row: int) -> tuple[Image.Image, str]:
+    """A picture (black when it does not decode: with --no_verify it may not) and its label, "" without one."""
+    line = destination.read(tar.removesuffix(".tar") + ".idx").decode().split("\n")[row + 1].split(" ")
+    parts = {line[i]: (int(line[i + 1]), int(line[i + 2])) for i in range(0, len(line), 4)}
+    label = _range(tar, *parts["cls"]).decode("utf-8", "replace").strip() if "cls" in parts else ""
+    best = min((name for name in parts if image_rank(name) >= 0), key=image_rank, default=None)
+    try:
+        if best is None:
+            raise ValueError(f"no image in row {row} of {tar}")
+        image = Image.open(io.BytesIO(_range(tar, *parts[best])))
+        image.draft("RGB", (CELL, CELL))
+        return ImageOps.exif_transpose(image.convert("RGB")), label
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return Image.new("RGB", (CELL, CELL)), label
+
+
+def _range(place: str, offset: int, size: int) -> bytes:
+    if is_remote(place):
+        fs, path = destination.file_system(place)
+        return bytes(fs.cat_file(path, start=offset, end=offset + size))
+    with local_path(place).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def table(counts: dict[str, Any], dest: str, seconds: float) -> str:
+    """What the user is told at the end."""
+    lines = [
+        f"found       {counts['found']:>14,}",
+        f"  packed    {counts['packed']:>14,}",
+        f"  rejected  {counts['rejected']:>14,}" + ("  see rejected.jsonl" if counts["rejected"] else ""),
+    ]
+    lines += [f"    {count:>22,}  {reason}" for reason, count in counts["reasons"].items()]
+    lines += [f"  duplicates{counts['duplicates']:>14,}" + ("  see duplicates.jsonl" if counts["duplicates"] else "")]
+    if ignored := counts["ignored"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(ignored).most_common(6))
+        lines.append(f"not images  {sum(ignored.values()):>14,}  ({kinds})")
+    lines.append(f"classes     {counts['classes']:>14,}")
+    lines.append(
+        f"bytes       {counts['image_bytes']:>14,}  ({counts['image_bytes'] / counts['packed']:,.0f} an image)"
+    )
+    for split, number in counts["shards"].items():
+        place = destination.join(dest, split).rstrip("/")
+        lines.append(f"shards      {number:>14,}  {counts['samples'][split]:,} images in {place}")
+    speed = counts["found"] / max(seconds, 1e-3)
+    lines.append(f"seconds     {seconds:>14,.1f}  ({speed:,.{0 if speed > 10 else 1}f} images/s)")
+    return "\n".join(lines)

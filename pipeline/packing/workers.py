@@ -1,0 +1,136 @@
+"""The processes that pack: on this machine or on a Dask cluster, behind the same `submit`."""
+
+import concurrent.futures as futures
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.packing import shard as pack
+
+AHEAD = 2  # tasks that wait beyond those in work: enough to keep all workers busy, few enough to keep memory small
+LINE_EVERY = 10  # seconds, in a log file
+
+
+def warm_up() -> None:
+    """Begins to import what workers need, in the process that they will be forked from, while this one works on."""
+    multiprocessing.set_forkserver_preload(["__main__", "pipeline.packing.shard", "webdataset"])
+    multiprocessing.forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def executor(workers: int, scheduler: str) -> Iterator[tuple[futures.Executor, int, Any]]:
+    """An executor, the number of its workers, and the counters of images and bytes done (None on a cluster)."""
+    if scheduler:
+        try:
+            import distributed
+        except ImportError:
+            raise ValueError("--scheduler takes Dask: pip install distributed") from None
+        try:
+            client = distributed.Client(scheduler, timeout=10)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise ValueError(f"no Dask scheduler answers at {scheduler}: {error}") from None
+        with client:
+            threads = sum(client.nthreads().values())
+            if not threads:
+                raise ValueError(
+                    f"the Dask scheduler at {scheduler} has no workers: start some with `dask worker {scheduler}`"
+                )
+            with client.get_executor(pure=False, retries=3) as pool:
+                yield pool, threads, None
+        return
+    context = multiprocessing.get_context("forkserver")
+    progress = context.Array("q", 2)
+    with futures.ProcessPoolExecutor(workers, context, _start_worker, (progress,)) as local:
+        yield local, workers, progress
+
+
+def _start_worker(progress: Any) -> None:
+    pack.PROGRESS = progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+    def follow_parent() -> None:  # when that is killed without a word, its workers would wait for ever
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def run(
+    work: Callable[[Any], int], tasks: Iterable[Any], *, what: str, workers: int, scheduler: str, total: int, done: int
+) -> None:
+    """Does all tasks; `work` returns how many images a task was. `total` and `done` are images, for the bar.
+
+    On an error the tasks in work are finished, no further ones begun, and it is raised.
+    """
+    waiting = iter(tasks)
+    error: BaseException | None = None
+    with executor(workers, scheduler) as (pool, count, progress), bar(what, total=total, done=done) as shown:
+        start, finished_images = time.monotonic(), 0
+        running: set[futures.Future[int]] = set()
+        while True:
+            while error is None and len(running) < count + AHEAD and (task := next(waiting, None)) is not None:
+                running.add(pool.submit(work, task))
+            if not running:
+                break
+            finished, running = futures.wait(running, timeout=0.5, return_when=futures.FIRST_COMPLETED)
+            for future in finished:
+                if (problem := future.exception()) is not None:
+                    error = error or problem
+                else:
+                    finished_images += future.result()
+            if progress is None:
+                shown.update(done + finished_images - shown.n)
+            else:
+                speed = progress[1] / 1e6 / (time.monotonic() - start)
+                shown.set_postfix_str(f"{speed:.1f} MB/s", refresh=False)
+                shown.update(done + progress[0] - shown.n)
+    if isinstance(error, futures.BrokenExecutor):
+        raise ValueError(
+            "a worker process died, perhaps for lack of memory: the same command goes on where it stopped, "
+            "with fewer --workers if need be"
+        ) from error
+    if error is not None:
+        raise error
+
+
+class _Lines:
+    """Where nobody watches (a log file), a bar becomes a line now and then."""
+
+    last = ""
+
+    def write(self, text: str) -> None:
+        if (line := text.strip()) and line != self.last:
+            print(line, file=sys.stderr)
+            self.last = line
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar(what: str, things: Iterable[Any] | None = None, total: int | None = None, done: int = 0) -> Any:
+    """Images done, images/s and the time left, on standard error."""
+    watched = sys.stderr.isatty()
+    return tqdm(
+        things,
+        desc=what,
+        total=total,
+        initial=done,
+        unit=" images",
+        dynamic_ncols=watched,
+        ncols=None if watched else 100,
+        mininterval=0.5 if watched else LINE_EVERY,
+        delay=0 if watched else LINE_EVERY,  # nothing at all of what is done before
+        ascii=not watched,
+        file=None if watched else _Lines(),
+    )

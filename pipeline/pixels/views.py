@@ -1,0 +1,176 @@
+"""The parameters of every view: pure arithmetic from (seed, epoch, sample id, view), no pixels.
+
+A view is one float32 row of `COLUMNS`; graph.py turns an image and a row into pixels. The generator is counter-based
+(SplitMix64's finaliser over key and field number): a row does not depend on the rank, the batch, or earlier draws.
+Recipes: He et al. 2020 (v1), Chen et al. 2020 (v2) and the reference CIFAR-10 demo, as their published code draws.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.permutation import mix
+
+RECIPES = ("v1", "v2", "cifar")
+COLUMNS = (
+    # The box of the image that is resized, in pixels; nothing outside it is looked at.
+    "top", "left", "height", "width",
+    # What the box is resized to, and where in that the image_size x image_size window lies.
+    "grid_height", "grid_width", "grid_top", "grid_left",
+    "flip",  # 0 or 1
+    # Greyscale before the jitter (v1) or after it (v2, cifar); order: index into ORDERS, -1: no jitter.
+    "grey_before", "order", "brightness", "contrast", "saturation", "hue", "grey_after",
+    "blur",  # sigma in pixels of the view, 0: none
+)  # fmt: skip
+TOP, LEFT, HEIGHT, WIDTH, GRID_HEIGHT, GRID_WIDTH, GRID_TOP, GRID_LEFT, FLIP = range(9)
+GREY_BEFORE, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY_AFTER, BLUR = range(9, 17)
+# The orders of brightness (0), contrast (1), saturation (2) and hue (3).
+ORDERS = tuple(itertools.permutations(range(4)))
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+RATIO = (3 / 4, 4 / 3)
+ATTEMPTS = 10  # of RandomResizedCrop, before it takes the central crop
+
+Triple = tuple[float, float, float]
+MeanStd = tuple[Triple, Triple]  # of channels in [0, 1]
+Ints = NDArray[np.int64] | Sequence[int]
+Views = NDArray[np.float32]
+
+
+def mean_std(recipe: str) -> MeanStd:
+    """Mean and standard deviation per channel, of pixels in [0, 1], by which the recipe normalises."""
+    return CIFAR if recipe == "cifar" else IMAGENET
+
+
+def sample_views(
+    recipe: str,
+    *,
+    seed: int,
+    epochs: Ints,
+    sample_ids: Ints,
+    view: int,
+    heights: Ints,
+    widths: Ints,
+    image_size: int,
+    crop_min: float,
+) -> Views:
+    """Parameters of view number `view` of n samples: float32 [n, len(COLUMNS)].
+
+    heights and widths are those of the images in pixels, after EXIF orientation; crop_min is the smallest share of the
+    image's area that a crop takes.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+    uniform = _uniforms(seed, epochs, sample_ids, view)
+    rows = _resized_crops(uniform, heights, widths, image_size, crop_min)
+    jitter = np.ones(len(rows), bool) if recipe == "v1" else uniform[:, 30] < 0.8
+    hue = 0.4 if recipe == "v1" else 0.1
+    rows[:, ORDER] = np.where(jitter, np.floor(uniform[:, 31] * len(ORDERS)), -1)
+    for column, field in ((BRIGHTNESS, 32), (CONTRAST, 33), (SATURATION, 34)):
+        rows[:, column] = np.where(jitter, 0.6 + 0.8 * uniform[:, field], 1)
+    rows[:, HUE] = np.where(jitter, hue * (2 * uniform[:, 35] - 1), 0)
+    rows[:, GREY_BEFORE if recipe == "v1" else GREY_AFTER] = uniform[:, 36] < 0.2
+    if recipe == "v2":
+        rows[:, BLUR] = np.where(uniform[:, 37] < 0.5, 0.1 + 1.9 * uniform[:, 38], 0)
+    return rows
+
+
+def sample_crops(
+    *,
+    seed: int,
+    epochs: Ints,
+    sample_ids: Ints,
+    view: int,
+    heights: Ints,
+    widths: Ints,
+    image_size: int,
+    crop_min: float,
+) -> Views:
+    """As `sample_views`, crop and flip alone: what a linear classifier is trained on."""
+    return _resized_crops(_uniforms(seed, epochs, sample_ids, view), heights, widths, image_size, crop_min)
+
+
+def center_crops(heights: Ints, widths: Ints, image_size: int, resize: int) -> Views:
+    """The short side resized to `resize`, then the central square of `image_size`, rounded as torchvision: [n, P].
+
+    Raises ValueError when `resize` is below `image_size`.
+    """
+    if resize < image_size:
+        raise ValueError(f"resize {resize} is below image_size {image_size}: the crop would leave the image")
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    short = np.minimum(heights, widths)
+    rows = _plain_rows(heights, widths)
+    # torchvision: int(size * long / short), in floating point; the short side comes out as `resize` itself.
+    rows[:, GRID_HEIGHT] = np.where(heights <= widths, resize, np.trunc(resize * heights / short))
+    rows[:, GRID_WIDTH] = np.where(widths <= heights, resize, np.trunc(resize * widths / short))
+    rows[:, GRID_TOP] = np.rint((rows[:, GRID_HEIGHT] - image_size) / 2)
+    rows[:, GRID_LEFT] = np.rint((rows[:, GRID_WIDTH] - image_size) / 2)
+    return rows
+
+
+def describe(row: Views) -> str:
+    """One view's parameters for people, a line for each thing that happens, in its order."""
+    top, left, height, width = (int(v) for v in row[:4])
+    lines = [f"crop {width}x{height} at {left},{top}" + (" flip" if row[FLIP] else "")]
+    if row[GREY_BEFORE]:
+        lines.append("grey")
+    if row[ORDER] >= 0:
+        parts = (f"b{row[BRIGHTNESS]:.2f}", f"c{row[CONTRAST]:.2f}", f"s{row[SATURATION]:.2f}", f"h{row[HUE]:+.2f}")
+        lines.append(" ".join(parts[op] for op in ORDERS[int(row[ORDER])]))
+    if row[GREY_AFTER]:
+        lines.append("grey")
+    if row[BLUR]:
+        lines.append(f"blur {row[BLUR]:.2f}")
+    return "\n".join(lines)
+
+
+def _uniforms(seed: int, epochs: Ints, sample_ids: Ints, view: int, fields: int = 40) -> NDArray[np.float64]:
+    """[n, fields] uniform in [0, 1), a function of the key and the field's number alone."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    key = np.full(len(sample_ids), seed & 0xFFFFFFFFFFFFFFFF, np.uint64)
+    for part in (np.asarray(epochs), np.asarray(sample_ids), np.full(len(sample_ids), view)):
+        key = mix(key * golden + part.astype(np.int64).view(np.uint64) + golden)
+    bits = mix(key[:, None] + np.arange(1, fields + 1, dtype=np.uint64) * golden)
+    return np.multiply(bits >> np.uint64(11), 2.0**-53, dtype=np.float64)
+
+
+def _plain_rows(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Views:
+    """Rows that take the whole image and change no colour; the grid is left to the caller."""
+    rows = np.zeros((len(heights), len(COLUMNS)), np.float32)
+    rows[:, HEIGHT], rows[:, WIDTH] = heights, widths
+    rows[:, ORDER] = -1
+    rows[:, [BRIGHTNESS, CONTRAST, SATURATION]] = 1
+    return rows
+
+
+def _resized_crops(
+    uniform: NDArray[np.float64], heights: Ints, widths: Ints, image_size: int, crop_min: float
+) -> Views:
+    """torchvision's RandomResizedCrop.get_params, vectorised, and the flip: fields 0 to 22."""
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    n = len(heights)
+    # All ten attempts of all samples at once; each sample takes the first that fits.
+    area = (heights * widths)[:, None] * (crop_min + (1 - crop_min) * uniform[:, 0:ATTEMPTS])
+    log_low, log_high = np.log(RATIO)
+    ratio = np.exp(log_low + (log_high - log_low) * uniform[:, ATTEMPTS : 2 * ATTEMPTS])
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+    first = fits.argmax(1)
+    crop_height, crop_width = height[np.arange(n), first], width[np.arange(n), first]
+    top = np.floor(uniform[:, 20] * (heights - crop_height + 1))
+    left = np.floor(uniform[:, 21] * (widths - crop_width + 1))
+    # None fits (tiny or very long images): the central crop nearest to the allowed ratios.
+    failed = ~fits.any(1)
+    low, high = widths < RATIO[0] * heights, widths > RATIO[1] * heights
+    crop_height = np.where(failed, np.where(low, np.rint(widths / RATIO[0]), heights), crop_height)
+    crop_width = np.where(failed, np.where(high, np.rint(heights * RATIO[1]), widths), crop_width)
+    rows = _plain_rows(heights, widths)
+    rows[:, TOP] = np.where(failed, (heights - crop_height) // 2, top)
+    rows[:, LEFT] = np.where(failed, (widths - crop_width) // 2, left)
+    rows[:, HEIGHT], rows[:, WIDTH] = crop_height, crop_width
+    rows[:, GRID_HEIGHT] = rows[:, GRID_WIDTH] = image_size
+    rows[:, FLIP] = uniform[:, 22] < 0.5
+    return rows

@@ -1,0 +1,147 @@
+"""Work done ahead of its consumer: a thread that reads, then DALI's queue; recovery when a batch does not decode.
+
+The reading thread keeps a bounded number of batches ready. The graph takes them `prefetch` batches before they come
+out, so whatever is inside it is remembered here: what comes out is paired with its batch, and after a decode error
+nothing is lost or doubled.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.pixels.graph import Graph
+from pipeline.reading.reader import Samples
+
+log = logging.getLogger(__name__)
+
+
+class Item(NamedTuple):
+    """One batch before decoding: samples, parameters of each view (float32 [n, P]), labels (int64 [n]) where wanted."""
+
+    samples: Samples
+    views: tuple[np.ndarray, ...]
+    labels: np.ndarray | None = None
+    rescued: bool = False
+
+
+class ReadAhead:
+    """Runs an iterator in a thread, at most `depth` items ahead. `get` hands on its items, then its exception."""
+
+    def __init__(self, items: Iterator[Item], depth: int) -> None:
+        self._items = items
+        self._queue: queue.Queue[Item | BaseException] = queue.Queue(depth)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="read ahead", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        end: BaseException = StopIteration()
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            end = error
+        self._put(end)
+
+    def _put(self, item: Item | BaseException) -> bool:
+        while not self._stopping.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def get(self) -> Item:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stopping.set()
+        while self._thread.is_alive():
+            self._thread.join(timeout=0.1)
+
+
+class Decoding:
+    """Items in, (item, views on the device) out, in order.
+
+    make_graph(feed) builds the graph; rescue(item) gives an item's samples as files that cannot fail to decode. When
+    the graph raises RuntimeError it is replaced; the oldest batch in it goes through `rescue`, the others in again.
+    """
+
+    def __init__(
+        self,
+        items: Iterator[Item],
+        make_graph: Callable[[Callable[[], tuple[Any, ...]]], Graph],
+        rescue: Callable[[Item], Item],
+        depth: int = 2,
+    ) -> None:
+        self.seconds = {"graph": 0.0, "starved": 0.0}
+        self._make_graph, self._rescue = make_graph, rescue
+        self._ahead = ReadAhead(items, depth)
+        self._again: deque[Item] = deque()
+        self._inside: deque[Item] = deque()
+        self._error: Exception | None = None
+        self._graph = make_graph(self._feed)
+
+    def _feed(self) -> tuple[Any, ...]:
+        if self._again:
+            item = self._again.popleft()
+        else:
+            if self._error is not None:
+                raise StopIteration
+            started = time.perf_counter()
+            try:
+                item = self._ahead.get()
+            except StopIteration:
+                raise
+            except Exception as error:
+                self._error = error  # raised when the batches before it have come out
+                raise StopIteration from None
+            finally:
+                self.seconds["starved"] += time.perf_counter() - started
+        self._inside.append(item)
+        return item.samples.encoded, *item.views
+
+    def next(self) -> tuple[Item, tuple[torch.Tensor, ...]]:
+        """StopIteration at the end; the exception of `items` in its place."""
+        while True:
+            started, starved = time.perf_counter(), self.seconds["starved"]
+            try:
+                views = self._graph.run()
+            except StopIteration:
+                if self._error is not None:
+                    raise self._error from None
+                raise
+            except RuntimeError as error:
+                self._recover(error)
+                continue
+            finally:
+                self.seconds["graph"] += time.perf_counter() - started - (self.seconds["starved"] - starved)
+            return self._inside.popleft(), views
+
+    def _recover(self, error: RuntimeError) -> None:
+        waiting = [*self._inside, *self._again]
+        first = next((i for i, item in enumerate(waiting) if not item.rescued), None)
+        if first is None:
+            raise error
+        log.warning("DALI could not decode a batch, Pillow decodes it: %s", " ".join(str(error).split())[:300])
+        waiting[first] = self._rescue(waiting[first])._replace(rescued=True)
+        self._graph.close()
+        self._inside.clear()
+        self._again = deque(waiting)
+        self._graph = self._make_graph(self._feed)
+
+    def close(self) -> None:
+        self._ahead.close()
+        self._graph.close()

@@ -1,0 +1,222 @@
+"""A folder of fetched shards, bounded in bytes, shared by all processes of a machine.
+
+1. A shard is fetched into `NAME.part`, by the one process that holds a lock on that file; others wait, or do without.
+2. Its room is set aside before the first byte comes: the shards used longest ago go, until it fits.
+3. Size and checksum are verified, the file is flushed to disk and renamed to `NAME.tar`: what has this name is whole.
+4. A process that is killed leaves a `.part` whose lock is free: the next to want the shard, or the room, takes it over.
+
+A shard that is removed while somebody reads it stays readable for them (POSIX keeps the data of an open or mapped
+file), and is fetched again by whoever opens it next. Locks are flock's, so the folder should be on a local disk.
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from pipeline.sources import remote
+
+ROOM_PATIENCE = 600.0  # seconds to wait for other processes' fetches to end when they fill the cache
+
+
+def default_cache_dir() -> Path:
+    """~/.cache/moco-pipeline, or one in the temporary folder where there is no home that can be written to."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "moco-pipeline"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir()) / f"moco-pipeline-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process, and one thread of it, is inside for a given path; freed by the system when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Cache:
+    """See the module. `limit` is in bytes. Its methods may be called from any thread."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder / "shards"
+        self.limit = limit
+        self.fetches = 0
+        self._fetcher = remote.Fetcher()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the cache {folder} cannot be written to ({error.strerror}): name another with cache_dir"
+            ) from None
+
+    def path(self, url: str, size: int, checksum: str) -> Path:
+        """Where the shard is kept. Size and checksum are part of the name: what replaces a shard gets a new file."""
+        key = xxhash.xxh3_64_hexdigest(f"{url}\n{size}\n{checksum}".encode())
+        name = url.partition("?")[0].rpartition("/")[2].removesuffix(".tar")
+        return self.folder / f"{name[-60:]}-{key}.tar"
+
+    def fetch(self, url: str, size: int = -1, checksum: str = "", *, wait: bool = True) -> Path | None:
+        """The local path of a shard, fetched if need be; None if another process is fetching it and `wait` is False.
+
+        ValueError when it is not what the manifest says, FileNotFoundError when it is not there, OSError when the
+        server fails.
+        """
+        path = self.path(url, size, checksum)
+        part = path.with_suffix(".part")
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)  # the eviction's clock
+                return path
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    return None
+                # Who waited may hold a file that was renamed or removed meanwhile, or a new one after the shard came.
+                if not _is_at(descriptor, part):
+                    continue
+                if path.exists():
+                    part.unlink()
+                    continue
+                try:
+                    self._fill(url, size, checksum, part, descriptor)
+                    part.rename(path)
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
+                return path
+            finally:
+                os.close(descriptor)
+
+    def _fill(self, url: str, size: int, checksum: str, part: Path, descriptor: int) -> None:
+        if size < 0 or not checksum:  # else the checksum tells
+            size = _same_size(url, size)
+        found = ""
+        for _ in range(2):  # bytes that went wrong on the way come right the second time, others do not
+            self._make_room(size, part, descriptor)
+            try:
+                self._fetcher.fetch(url, size, descriptor)
+            except ValueError:
+                _same_size(url, size)  # a better reason than "416 Range Not Satisfiable"
+                raise
+            self.fetches += 1
+            found = _checksum(descriptor, size) if checksum else ""
+            if found == checksum:
+                os.fsync(descriptor)
+                return
+        raise ValueError(
+            f"{url}: checksum {found}, its manifest says {checksum}: upload it again, or rebuild the manifest"
+        )
+
+    def _make_room(self, size: int, part: Path, descriptor: int) -> None:
+        """Sets `size` bytes aside for `part`, removing the shards used longest ago."""
+        if size > self.limit:
+            raise ValueError(
+                f"a shard of {size:,} bytes does not fit into a cache of {self.limit:,}: raise cache_bytes"
+            )
+        begun = time.monotonic()
+        while True:
+            with locked(self.folder / ".room"):
+                if self._evict(self.limit - size, part):
+                    os.ftruncate(descriptor, 0)
+                    try:
+                        os.posix_fallocate(descriptor, 0, size) if size else None
+                    except OSError as error:
+                        raise OSError(
+                            f"no room for {size:,} bytes in {self.folder}: {error.strerror}; set cache_dir or "
+                            f"cache_bytes"
+                        ) from None
+                    return
+            if time.monotonic() - begun > ROOM_PATIENCE:
+                raise OSError(
+                    f"{self.folder}: other processes' fetches fill the cache of {self.limit:,} bytes: raise cache_bytes"
+                )
+            time.sleep(0.05)
+
+    def _evict(self, limit: int, own: Path) -> bool:
+        """Removes files until at most `limit` bytes are left beside `own`; False if fetches under way leave too
+        little."""
+        files, total = [], 0
+        with os.scandir(self.folder) as scan:
+            for entry in scan:
+                if entry.name.endswith((".tar", ".part")) and entry.name != own.name:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+                        total += status.st_size
+        for _, size, path in sorted(files):
+            if total <= limit:
+                break
+            if path.suffix == ".tar":
+                path.unlink(missing_ok=True)
+                total -= size
+            elif _remove_abandoned(path):
+                total -= size
+        return total <= limit
+
+    def rename(self, url: str, size: int, checksum: str) -> None:
+        """A shard that was fetched with nothing known about it: now this is known."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path(url, -1, "").rename(self.path(url, size, checksum))
+
+    def close(self) -> None:
+        self._fetcher.close()
+
+
+def _same_size(url: str, expected: int) -> int:
+    """What the server says; ValueError when the manifest says something else."""
+    size, _ = remote.stat(url)
+    if 0 <= expected != size:
+        what = "cut short" if size < expected else "replaced"
+        raise ValueError(
+            f"{url} has {size:,} bytes, its manifest says {expected:,}: it was {what}; upload it again, or "
+            f"rebuild the manifest"
+        )
+    return size
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_abandoned(part: Path) -> bool:
+    """Removes it if the process that was fetching it has died; under its lock, so that nobody takes it over
+    meanwhile."""
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(descriptor, part):
+            part.unlink()
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(descriptor: int, size: int) -> str:
+    digest = xxhash.xxh3_64()
+    for offset in range(0, size, 1 << 24):
+        digest.update(os.pread(descriptor, 1 << 24, offset))
+    return f"xxh3_64:{digest.hexdigest()}"

@@ -1,0 +1,127 @@
+"""What a user writes to name data: YAML source cards, and brace patterns. Nothing here looks at the data itself.
+
+A card lists sources with weights: of all images that training sees, each source contributes its weight's share.
+
+    sources:
+      - {data: in1m/train, weight: 1, name: in1m}        # a folder, relative to this card
+      - {data: "s3://bucket/web/{00000..00999}.tar", weight: 3, name: web}
+    lanes: 8             # optional: how the samples are shuffled, see pipeline.reading.order
+    chunk_shards: 4      # or: all
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from pipeline.files import is_remote
+
+
+class Entry(NamedTuple):
+    """A source of a card. weight: None where none of the card's sources has one."""
+
+    data: str
+    weight: float | None
+    name: str
+
+
+class Card(NamedTuple):
+    """lanes, chunk_shards: None where the card leaves them to the defaults; chunk_shards 0: the whole lane ("all"
+    in the card)."""
+
+    sources: tuple[Entry, ...]
+    lanes: int | None
+    chunk_shards: int | None
+
+
+def read_card(path: Path) -> Card:
+    """FileNotFoundError when there is no such card, ValueError saying which key is wrong and what would be right."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such card: {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("sources"), list) or not content["sources"]:
+        raise ValueError(f"{path}: a card is `sources:` and a list of `{{data: ..., weight: ..., name: ...}}`")
+    _known_keys(content, {"sources", "lanes", "chunk_shards"}, str(path))
+    entries = tuple(_entry(entry, path, f"{path}, source {i}") for i, entry in enumerate(content["sources"], 1))
+    names = [entry.name for entry in entries]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path}: the names {names} must differ: give each source a `name:`")
+    weighted = sum(entry.weight is not None for entry in entries)
+    if weighted not in (0, len(entries)):
+        raise ValueError(
+            f"{path}: {weighted} of {len(entries)} sources have a weight: give one to all or to none (then size counts)"
+        )
+    lanes = _whole_number(content.get("lanes"), f"{path}: lanes")
+    chunk = content.get("chunk_shards")
+    return Card(entries, lanes, 0 if chunk == "all" else _whole_number(chunk, f"{path}: chunk_shards"))
+
+
+def _entry(entry: Any, card: Path, where: str) -> Entry:
+    if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
+        raise ValueError(f"{where}: needs `data:`, which is a folder, tars or a URL")
+    _known_keys(entry, {"data", "weight", "name"}, where)
+    data = os.path.expandvars(entry["data"])
+    if "$" in data:
+        raise ValueError(f"{where}: {data} names an environment variable that is not set")
+    if is_card(data):
+        raise ValueError(f"{where}: {data} is a card itself; list its sources here instead")
+    if not is_remote(data) and not data.startswith("pipe:"):  # which is refused later
+        data = str(card.parent / Path(data).expanduser())
+    weight = entry.get("weight")
+    if weight is not None and not (type(weight) in (int, float) and math.isfinite(weight) and weight > 0):
+        raise ValueError(
+            f"{where}: weight {weight!r} must be a number above 0; leave a source out by deleting its line"
+        )
+    return Entry(data, weight, str(entry.get("name", short_name(data))))
+
+
+def _known_keys(given: dict[Any, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(str(key) for key in given if key not in known):
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
+def _whole_number(value: Any, what: str) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{what} {value!r} must be a whole number from 1")
+    return value
+
+
+def is_card(data: str) -> bool:
+    return data.endswith((".yaml", ".yml"))
+
+
+def is_pattern(data: str) -> bool:
+    """Braces and *; locally also ? and [, which mean other things in a URL."""
+    return re.search(r"[*{]" if is_remote(data) else r"[*{?\[]", data) is not None
+
+
+def is_tar(data: str) -> bool:
+    return re.search(r"\.tar(\?|$)", data) is not None
+
+
+def is_compressed(data: str) -> bool:
+    return re.search(r"\.(tgz|tar\.(gz|bz2|xz|zst))(\?|$)", data) is not None
+
+
+def short_name(data: str) -> str:
+    """The folder's name, for logs: `in1m` of `/data/in1m/{000..127}.tar`."""
+    folder = re.sub(r"/[^/]*(\.tar(\?.*)?|[*{\[][^/]*)$", "", data.rstrip("/"))
+    return folder.rpartition("/")[2] or data
+
+
+def split_root(names: list[str]) -> tuple[str, list[str]]:
+    """The deepest folder that all of the names are in, and the names below it."""
+    parts = [name.split("/")[:-1] for name in names]
+    depth = next((i for i, level in enumerate(zip(*parts)) if len(set(level)) > 1), min(map(len, parts)))
+    if depth == 0:
+        return ".", names
+    if is_remote(names[0]) and depth < 3:
+        raise ValueError(f"{names[0]} and {names[-1]} are in different places: list them as sources of a YAML card")
+    root = "/".join(parts[0][:depth])
+    return root or "/", [name[len(root) + 1 :] for name in names]

@@ -1,0 +1,95 @@
+"""Whether shards are still what their manifest says: size, checksum, index, images that decode."""
+
+import contextlib
+import io
+import itertools
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pipeline.files import is_remote
+from pipeline.sources.index import image_rank, index_tar, read_index
+from pipeline.sources.scan import FETCHES, checksum_of, in_processes, map_ahead, track
+from pipeline.sources.storage import Storage
+
+PIXEL_LIMIT = 256_000_000
+
+
+class Expected(NamedTuple):
+    """A shard as its manifest has it."""
+
+    tar: str
+    idx: str
+    samples: int
+    bytes: int
+    checksum: str
+
+
+@contextlib.contextmanager
+def fresh_storage(shards: Sequence[Expected], cache_dir: str | None) -> Iterator[Storage]:
+    """Without what was fetched before: the question is what lies there now. As large as the fetches under way take."""
+    if not any(is_remote(s.tar) for s in shards):
+        yield Storage(open_files=1)
+        return
+    beside = Storage(cache_dir=cache_dir).cache_dir
+    beside.mkdir(parents=True, exist_ok=True)
+    room = 2 * FETCHES * max(s.bytes for s in shards)
+    with (
+        tempfile.TemporaryDirectory(prefix="check-", dir=beside) as folder,
+        contextlib.closing(Storage(cache_dir=folder, cache_bytes=room)) as storage,
+    ):
+        yield storage
+
+
+def check_shards(shards: Sequence[Expected], storage: Storage, *, workers: int, progress: bool) -> Iterator[str]:
+    """Reads every shard again as a whole and yields a line for each fault: size, checksum, index, count, images
+    that do not decode."""
+    if any(is_remote(s.tar) for s in shards):
+        with ThreadPoolExecutor(FETCHES) as pool:
+            results = map_ahead(pool, partial(_check, storage), shards)
+            yield from itertools.chain.from_iterable(track(results, len(shards), "checking", progress))
+    else:
+        yield from itertools.chain.from_iterable(in_processes(_check_local, shards, "checking", workers, progress))
+
+
+def _check_local(shard: Expected) -> list[str]:
+    return _check(Storage(open_files=1), shard)
+
+
+def _check(storage: Storage, shard: Expected) -> list[str]:
+    try:
+        data = storage.open(shard.tar, bytes=shard.bytes)
+        if shard.checksum and (found := checksum_of(data)) != shard.checksum:
+            return [f"{shard.tar}: checksum {found}, the manifest says {shard.checksum}: fetch or write it again"]
+        samples = index_tar(data)
+        index = read_index(storage.read_bytes(shard.idx), samples=shard.samples, size=shard.bytes, label=shard.idx)
+    except (ValueError, OSError) as error:
+        return [str(error) if str(error).startswith(shard.tar) else f"{shard.tar}: {error}"]
+    best = [min((c for c in s if image_rank(c.extension) >= 0), key=lambda c: image_rank(c.extension)) for s in samples]
+    faults = []
+    if sorted(zip(index.offsets.tolist(), index.sizes.tolist())) != sorted((c.offset, c.size) for c in best):
+        faults.append(f"{shard.idx}: does not say where the images of {shard.tar} are: delete it and the manifest")
+    for component in best:
+        reason = _undecodable(data[component.offset : component.offset + component.size])
+        if reason:
+            faults.append(f"{shard.tar}: {component.name}: {reason}")
+    return faults
+
+
+def _undecodable(encoded: np.ndarray) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(encoded.tobytes())) as image:
+                if image.width * image.height > PIXEL_LIMIT:
+                    return f"{image.width}x{image.height} pixels"
+                image.load()
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on broken files
+        return f"does not decode: {error}" if str(error) else f"does not decode: {type(error).__name__}"
+    return ""

@@ -1,0 +1,163 @@
+"""What a data source is: shards with their sample counts, sizes and checksums; several of them with weights.
+
+A manifest lists the shards of one source: a line of JSON each, nothing for each sample, so that a billion samples in
+100,000 shards are 15 MB. make_shards writes it; for shards that others made, `pipeline.sources.opening` does, once.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pipeline.files import is_remote, write_atomically
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    path: str  # relative to the manifest's root; or absolute, or a URL
+    samples: int
+    bytes: int  # of the tar
+    checksum: str = ""  # "xxh3_64:<16 hex digits>" of the tar, "" when unknown
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of one source. Their order gives every sample its id, so it never changes.
+
+    `root` is the folder or URL that relative paths start from, `index_root` that of the `.idx` files when it is
+    another.
+    """
+
+    root: str
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] = ()
+    index_root: str = ""
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [S + 1]: the sample id of each shard's first sample, and the number of samples."""
+        counts = np.fromiter((s.samples for s in self.shards), np.int64, len(self.shards))
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+    @property
+    def samples(self) -> int:
+        return int(self.offsets[-1])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits over the shards' names, counts and sizes: equal for the same data wherever it lies."""
+        digest = xxhash.xxh3_128()
+        for s in self.shards:
+            digest.update(f"{s.path}\t{s.samples}\t{s.bytes}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def shard_url(self, shard: int) -> str:
+        return join(self.root, self.shards[shard].path)
+
+    def index_url(self, shard: int) -> str:
+        path = self.shards[shard].path
+        return index_name(join(self.index_root or self.root, path))
+
+
+def join(root: str, path: str) -> str:
+    return path if is_remote(path) or path.startswith("/") else f"{root.rstrip('/')}/{path}"
+
+
+def index_name(tar: str) -> str:
+    """`a/shard-000000.tar` -> `a/shard-000000.idx`; a query (signed URLs) is kept."""
+    base, mark, query = tar.partition("?") if is_remote(tar) else (tar, "", "")
+    return base.removesuffix(".tar") + ".idx" + mark + query
+
+
+def save_manifest(manifest: Manifest, path: str | Path) -> None:
+    """Writes `manifest` as JSON, a line a shard, atomically. Its root is noted only when that is not the file's
+    folder."""
+    folder = str(Path(path).parent)
+    head: dict[str, object] = {"format": FORMAT, "samples": manifest.samples, "classes": list(manifest.classes)}
+    if is_remote(manifest.root) or Path(manifest.root).absolute() != Path(folder).absolute():
+        head["root"] = manifest.root
+    lines = [
+        json.dumps({"path": s.path, "samples": s.samples, "bytes": s.bytes, "checksum": s.checksum})
+        for s in manifest.shards
+    ]
+    text = json.dumps(head)[:-1] + ', "shards": [\n' + ",\n".join(lines) + "\n]}\n"
+    write_atomically(path, text.encode())
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Reads what `save_manifest` wrote. FileNotFoundError when there is none, ValueError when it is not a manifest."""
+    return parse_manifest(Path(path).read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, url: str) -> Manifest:
+    """The manifest in `content`, which was read from `url`."""
+    folder = url.rpartition("/")[0] or "."
+    try:
+        head = json.loads(content, object_hook=_shard_or_head)
+        made_by = head["format"]
+        shards = tuple(head["shards"]) if made_by == FORMAT else ()
+        if not all(isinstance(shard, Shard) for shard in shards):
+            raise TypeError("a shard without a path")
+        root = head.get("root", folder)
+        manifest = Manifest(root, shards, tuple(head.get("classes", ())), index_root=folder if root != folder else "")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{url} is not a manifest ({error!r}): delete it to have it built again") from error
+    if made_by != FORMAT:
+        raise ValueError(f"{url} has format {made_by}, this program reads {FORMAT}: update the one that is older")
+    if not shards or min(s.samples for s in shards) < 1 or manifest.samples != head.get("samples", manifest.samples):
+        raise ValueError(
+            f"{url} does not add up: {len(shards)} shards with {manifest.samples if shards else 0:,} samples, "
+            f"{head.get('samples')} announced, none may be empty; delete it to have it built again"
+        )
+    return manifest
+
+
+def _shard_or_head(entry: dict[str, Any]) -> Any:
+    """Turns each line into a Shard as it is parsed: 100,000 dictionaries at once would take more room than all else."""
+    if "path" not in entry:
+        return entry
+    return Shard(entry["path"], int(entry["samples"]), int(entry["bytes"]), entry.get("checksum", ""))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `--data` names: one manifest, or several with weights, and how they are shuffled (pipeline.reading.order).
+
+    lanes: parts that a global batch is dealt from, each with its own shards. chunk_shards: how many shards of a lane
+    are shuffled together; None is all of them, a true global shuffle.
+    """
+
+    manifests: tuple[Manifest, ...]
+    weights: tuple[float, ...]
+    names: tuple[str, ...]
+    lanes: int = 1
+    chunk_shards: int | None = None
+
+    @property
+    def samples(self) -> int:
+        return int(self.id_offsets[-1])
+
+    @functools.cached_property
+    def id_offsets(self) -> np.ndarray:
+        """int64 [M + 1]: a sample's id is id_offsets[m] + manifests[m].offsets[shard] + row."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum([m.samples for m in self.manifests], dtype=np.int64)])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of everything that decides which sample comes when, but for seed and batch size."""
+        parts = [f"{self.lanes} {self.chunk_shards}"]
+        parts += [f"{weight!r} {m.fingerprint}" for weight, m in zip(self.weights, self.manifests)]
+        return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, when all of the manifests agree on them; else empty."""
+        kinds = {m.classes for m in self.manifests}
+        return kinds.pop() if len(kinds) == 1 else ()

@@ -1,0 +1,162 @@
+"""Many tars at once, in parallel and with a progress bar: the indexes of those that have none."""
+
+import contextlib
+import multiprocessing
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from pipeline.files import is_remote, local_path, write_atomically
+from pipeline.sources.index import Component, NoImages, format_index, image_rank, index_tar
+from pipeline.sources.storage import Storage
+
+T = TypeVar("T")
+R = TypeVar("R")
+FETCHES = 4  # remote shards being fetched and indexed at a time; each is fetched in many ranges
+
+
+class Scanned(NamedTuple):
+    """What a scan found out about one tar."""
+
+    samples: int
+    bytes: int
+    checksum: str  # "" when the tar was not read as a whole
+    images_beyond: int = 0  # further images of a key, beyond the one that is used
+    problem: str = ""  # why there are no samples
+    index_differs: bool = False  # another .idx is there already: it was left alone, and none was written
+
+
+def index_shards(
+    tars: Sequence[str], indexes: Sequence[Path], storage: Storage, *, workers: int, progress: bool
+) -> Iterator[Scanned]:
+    """Writes indexes[i] for tars[i], each a path or a URL, and says what they hold, in order, as it comes to know.
+
+    Local tars have only their headers read, in processes; remote ones are fetched whole, in threads, and so get a
+    checksum too. ValueError or FileNotFoundError of the first tar that cannot be used.
+    """
+    jobs = list(zip(tars, indexes))
+    if any(is_remote(tar) for tar in tars):
+        with ThreadPoolExecutor(FETCHES) as pool:
+            results = map_ahead(pool, partial(_index_remote, storage), jobs)
+            yield from track(results, len(jobs), "indexing", progress)
+    else:
+        yield from in_processes(_index_local, jobs, "indexing", workers, progress)
+
+
+def _index_local(job: tuple[str, Path]) -> Scanned:
+    tar, index = job
+    path = local_path(tar)
+    try:
+        samples = index_tar(path)
+    except NoImages as error:
+        return Scanned(0, path.stat().st_size, "", problem=str(error))
+    status = path.stat()
+    # An index as new as its tar that says something else is somebody's own; an older one is of use to nobody.
+    if (
+        index.exists()
+        and index.stat().st_mtime_ns >= status.st_mtime_ns
+        and index.read_bytes() != format_index(samples)
+    ):
+        return Scanned(len(samples), status.st_size, "", index_differs=True)
+    return _write(samples, index, status.st_size, "")
+
+
+def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
+    tar, index = job
+    data = storage.open(tar)
+    try:
+        samples = index_tar(data)
+    except NoImages as error:
+        return Scanned(0, len(data), "", problem=str(error).replace("the tar", tar, 1))
+    except ValueError as error:
+        raise ValueError(str(error).replace("the tar", tar, 1)) from None
+    scanned = _write(samples, index, len(data), checksum_of(data))
+    storage.learn(tar, scanned.bytes, scanned.checksum)
+    return scanned
+
+
+def _write(samples: list[list[Component]], index: Path, size: int, checksum: str) -> Scanned:
+    index.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(index, format_index(samples))
+    beyond = sum(sum(image_rank(c.extension) >= 0 for c in sample) - 1 for sample in samples)
+    return Scanned(len(samples), size, checksum, beyond)
+
+
+def checksum_of(data: np.ndarray) -> str:
+    """As manifests have it: "xxh3_64:" and 16 hex digits."""
+    digest = xxhash.xxh3_64()
+    for begin in range(0, len(data), 1 << 24):
+        digest.update(data[begin : begin + (1 << 24)].data)
+    return f"xxh3_64:{digest.hexdigest()}"
+
+
+# --- in parallel ------------------------------------------------------------------------------------------------------
+
+
+def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: int, progress: bool) -> Iterator[R]:
+    workers = min(workers, len(jobs) // 4)  # a process costs half a second to start, a shard some tens of milliseconds
+    if workers < 2:
+        yield from track(map(work, jobs), len(jobs), what, progress)
+        return
+    # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with _no_main():
+            results = map_ahead(pool, work, jobs)
+        yield from track(results, len(jobs), what, progress)
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Spawned processes import their parent's main script. Ours need nothing of it, it may take seconds (torch), and
+    one without `if __name__ == "__main__"` would come here again in each of them and wait for its parent's lock."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def map_ahead(pool: Executor, work: Callable[[T], R], jobs: Sequence[T]) -> Iterator[R]:
+    """Begins all jobs; results in order. At the first error those that have not begun are dropped, and it is raised."""
+    futures = [pool.submit(work, job) for job in jobs]
+
+    def results() -> Iterator[R]:
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    return results()
+
+
+def track(results: Iterable[R], total: int, what: str, show: bool) -> Iterator[R]:
+    """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
+    if not show or not total:
+        yield from results
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(results, total=total, desc=what, unit="shard")
+        return
+    started = printed = time.monotonic()
+    for done, result in enumerate(results, 1):
+        yield result
+        now = time.monotonic()
+        if now - printed > 10 or (done == total and now - started > 10):
+            print(
+                f"{what}: {done:,} of {total:,} shards, {done / (now - started):.1f} a second",
+                file=sys.stderr,
+                flush=True,
+            )
+            printed = now

@@ -1,0 +1,269 @@
+"""The loader: what a batch is, its state, killing and resuming, elasticity, timings, the command."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline.loader
+from pipeline.loader import Batch, Loader
+from pipeline.pixels.graph import Graph
+from pipeline.reading.order import make_order
+from pipeline.reading.reader import Reader
+from pipeline.sources.manifest import Source
+from pipeline.sources.opening import open_source
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL: dict[str, Any] = {"image_size": 32, "batch_size": 12, "num_threads": 1}  # of 60 samples: 5 steps an epoch
+
+
+@pytest.fixture(scope="module")
+def source(shards_dir: Path) -> Source:
+    return open_source(str(shards_dir))
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    """Copies of the next batches."""
+    return [Batch(*(tensor.clone() for tensor in batch)) for batch in islice(loader, count)]
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right):
+        for x, y in zip(a, b):
+            assert torch.equal(x, y)
+
+
+def test_a_batch(source: Source) -> None:
+    loader = Loader(source, seed=3, **SMALL)
+    order = make_order(source, 12, 3)
+    assert loader.steps_per_epoch == 5 and (loader.epoch, loader.step) == (0, -1)
+    for at in range(12):  # over two ends of an epoch
+        batch = next(loader)
+        epoch, step = divmod(at, 5)
+        assert (loader.epoch, loader.step) == (epoch, step)
+        assert batch.sample_ids.tolist() == order.draw(epoch, step).sample_ids.tolist()
+        for view in (batch.query, batch.key):
+            assert view.shape == (12, 3, 32, 32) and view.dtype == torch.float32
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            assert view.min() > -2.2 and view.max() < 2.7 and view.std() > 0.2
+        assert not torch.equal(batch.query, batch.key)
+    loader.close()
+
+
+def test_the_pipeline_is_built_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def build(*arguments: Any, **named: Any) -> Graph:
+        built.append(1)
+        return Graph(*arguments, **named)
+
+    monkeypatch.setattr(pipeline.loader, "Graph", build)
+    loader = Loader(source, **SMALL)
+    take(loader, 17)
+    loader.close()
+    assert len(built) == 1
+
+
+def test_ranks_share_the_batches_of_one(source: Source) -> None:
+    """Ids and pixels: neither the world size nor the place in the batch changes a view."""
+    whole = Loader(source, seed=1, **SMALL)
+    ranks = [Loader(source, seed=1, rank=rank, world_size=3, **SMALL) for rank in range(3)]
+    for batch in take(whole, 6):
+        parts = [take(loader, 1)[0] for loader in ranks]
+        assert_same([Batch(*(torch.cat(tensors) for tensors in zip(*parts)))], [batch])
+    for loader in (whole, *ranks):
+        loader.close()
+
+
+def test_the_state_is_that_of_the_batch_last_taken(source: Source) -> None:
+    straight = Loader(source, seed=2, **SMALL)
+    expected = take(straight, 14)
+    straight.close()
+    first = Loader(source, seed=2, prefetch=3, **SMALL)
+    assert_same(take(first, 7), expected[:7])
+    time.sleep(0.3)  # so that much more has been prefetched
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    second = Loader(source, seed=2, **SMALL)
+    second.load_state_dict(state)
+    assert (second.epoch, second.step) == (1, 1)
+    assert_same(take(second, 7), expected[7:])
+    second.load_state_dict(state)  # also when it is running already
+    assert_same(take(second, 2), expected[7:9])
+    second.close()
+
+
+def test_two_ranks_go_on_as_one(source: Source) -> None:
+    expected = Loader(source, **SMALL)
+    ids = [batch.sample_ids.tolist() for batch in take(expected, 8)]
+    ranks = [Loader(source, rank=rank, world_size=2, **SMALL) for rank in range(2)]
+    for loader in ranks:
+        take(loader, 4)
+    assert ranks[0].state_dict() == ranks[1].state_dict()
+    single = Loader(source, **SMALL)
+    single.load_state_dict(ranks[1].state_dict())
+    assert [batch.sample_ids.tolist() for batch in take(single, 4)] == ids[4:]
+    for loader in (expected, *ranks, single):
+        loader.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"seed": 9}, "seed was 0 and is 9"), ({"batch_size": 6}, "batch_size was")]
+)
+def test_another_order_cannot_be_continued(source: Source, change: dict[str, Any], said: str) -> None:
+    state = Loader(source, **SMALL).state_dict()
+    with pytest.raises(ValueError, match=said):
+        Loader(source, **{**SMALL, **change}).load_state_dict(state)
+    with pytest.raises(ValueError, match="the data"):
+        Loader(source, **SMALL).load_state_dict({**state, "fingerprint": "other"})
+
+
+def test_arguments_that_do_not_fit(source: Source) -> None:
+    with pytest.raises(ValueError, match="not divisible by 5"):
+        Loader(source, world_size=5, **SMALL)
+    with pytest.raises(ValueError, match="less than one batch of 64"):
+        Loader(source, batch_size=64)
+
+
+KILLED = """
+import hashlib, json, os, sys
+from pipeline.loader import Loader
+from pipeline.sources.opening import open_source
+data, state, log, steps = sys.argv[1:4] + [int(sys.argv[4])]
+loader = Loader(open_source(data), image_size=32, batch_size=12, seed=4, num_threads=1)
+if os.path.exists(state):
+    loader.load_state_dict(json.load(open(state)))
+for batch in loader:
+    digest = hashlib.md5(batch.query.numpy().tobytes() + batch.key.numpy().tobytes()).hexdigest()
+    with open(log, "a") as f:
+        f.write(json.dumps([loader.epoch, loader.step, batch.sample_ids.tolist(), digest]) + "\\n")
+    with open(state + ".new", "w") as f:
+        json.dump(loader.state_dict(), f)
+    os.replace(state + ".new", state)
+    if loader.epoch * loader.steps_per_epoch + loader.step + 1 == steps:
+        os._exit(0)
+"""
+
+
+def run_killed(shards_dir: Path, folder: Path, steps: int) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    arguments = [str(shards_dir), str(folder / "state.json"), str(folder / "log"), str(steps)]
+    return subprocess.Popen([sys.executable, "-c", KILLED, *arguments], cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_kill_and_resume(shards_dir: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle, twice; the same command again goes on with the same ids and the same pixels."""
+    for kills_at in (20, 70):
+        process = run_killed(shards_dir, tmp_path / "killed", 150)
+        log = tmp_path / "killed" / "log"
+        deadline = time.monotonic() + 120
+        while (log.read_text().count("\n") if log.exists() else 0) < kills_at:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL
+    assert run_killed(shards_dir, tmp_path / "killed", 150).wait(120) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    killed = {(epoch, step): rest for epoch, step, *rest in lines}
+    assert len(lines) - len(killed) <= 2  # a step is there twice when the kill came before its state was saved
+    straight = Loader(open_source(str(shards_dir)), image_size=32, batch_size=12, seed=4, num_threads=1)
+    for batch in islice(straight, 150):
+        digest = hashlib.md5(batch.query.numpy().tobytes() + batch.key.numpy().tobytes()).hexdigest()
+        assert killed.pop((straight.epoch, straight.step)) == [batch.sample_ids.tolist(), digest]
+    assert not killed
+    straight.close()
+
+
+def test_an_error_of_the_reading_thread_arrives(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, calls = Reader.read, iter(range(100))
+
+    def failing(self: Reader, *arguments: Any, **named: Any) -> Any:
+        if next(calls) == 6:
+            raise ValueError("shard 17 has gone")
+        return read(self, *arguments, **named)
+
+    monkeypatch.setattr(Reader, "read", failing)
+    loader = Loader(source, **SMALL)
+    assert len(take(loader, 6)) == 6  # what was read before it still comes
+    for _ in range(2):
+        with pytest.raises(ValueError, match="shard 17 has gone"):
+            next(loader)
+    loader.close()
+
+
+def test_close_leaves_no_thread(source: Source) -> None:
+    before = set(threading.enumerate())
+    loader = Loader(source, **SMALL)
+    take(loader, 2)
+    loader.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_mixture(shards_dir: Path) -> None:
+    one = open_source(str(shards_dir)).manifests[0]
+    mixture = Source((one, one), (0.75, 0.25), ("often", "seldom"))
+    loader = Loader(mixture, **SMALL)
+    ids = torch.cat([batch.sample_ids for batch in take(loader, 20)])
+    assert loader.source_counts() == {"often": 180, "seldom": 60}
+    assert int((ids >= 60).sum()) == 60 and len(torch.unique(ids[ids >= 60])) == 60
+    resumed = Loader(mixture, **SMALL)
+    resumed.load_state_dict(loader.state_dict())
+    assert_same(take(resumed, 3), take(loader, 3))
+    assert resumed.source_counts() == loader.source_counts()
+    loader.close()
+    resumed.close()
+
+
+def test_the_bottleneck_is_named(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(source, **SMALL)
+    take(loader, 3)
+    loader.timings()
+    for _ in range(5):
+        next(loader)
+        time.sleep(0.05)
+    timings = loader.timings()
+    assert loader.bottleneck(timings) == "consumer" and timings["elapsed"] >= 0.25
+    read = Reader.read
+
+    def slow(self: Reader, *arguments: Any, **named: Any) -> Any:
+        time.sleep(0.2)
+        self.seconds["read"] += 0.2
+        return read(self, *arguments, **named)
+
+    monkeypatch.setattr(Reader, "read", slow)
+    for _ in range(6):  # those that had been read ahead
+        next(loader)
+    loader.timings()
+    for _ in range(5):
+        next(loader)
+    timings = loader.timings()
+    assert loader.bottleneck(timings) == "read" and timings["starved"] > timings["graph"]
+    loader.close()
+
+
+def run_loader(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.loader", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_command(shards_dir: Path) -> None:
+    result = run_loader("--data", shards_dir, "--batch_size", "12", "--image_size", "32")
+    assert result.returncode == 0, result.stderr
+    assert "images/s: 5 batches of 12 in" in result.stdout
+    assert all(f"\n  {stage} " in result.stdout for stage in ("read", "screen", "views", "graph"))
+    assert result.stdout.rstrip().splitlines()[-1].startswith("bottleneck: ")
+    result = run_loader("--data", shards_dir, "--batch_size", "100")
+    assert result.returncode == 2 and result.stderr == (
+        "error: the source holds 60 samples, less than one batch of 100: lower batch_size\n"
+    )

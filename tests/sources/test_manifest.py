@@ -1,0 +1,362 @@
+"""Manifests and source cards: what is written is read again, what is wrong is said with numbers and a remedy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, cpu_environment
+
+from pipeline import manifest
+from pipeline.sources.index import Component, format_index, index_tar, read_index, sample_key
+from pipeline.sources.manifest import Manifest, Shard, load_manifest, save_manifest
+from pipeline.sources.opening import open_source
+
+CARDS = sorted((REPOSITORY / "shards").glob("*.yaml"))
+
+
+@pytest.fixture
+def folder(shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shards that may be spoilt."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Path(shutil.copytree(shards_dir, tmp_path / "copy"))
+
+
+def describe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.manifest", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, timeout=120)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_manifest_file(tmp_path: Path) -> None:
+    shards = tuple(Shard(f"part/ä {i}.tar", 10 + i, 1000 * i + 512, "xxh3_64:0123456789abcdef") for i in range(5))
+    manifest = Manifest(str(tmp_path), shards, ("cat", "dog"))
+    save_manifest(manifest, tmp_path / "manifest.json")
+    assert load_manifest(tmp_path / "manifest.json") == manifest
+    assert manifest.offsets.tolist() == [0, 10, 21, 33, 46, 60]
+    assert manifest.index_url(2) == f"{tmp_path}/part/ä 2.idx"
+    text = (tmp_path / "manifest.json").read_text()
+    assert json.loads(text)["samples"] == 60
+    assert len(text.splitlines()) == 7  # one line a shard: diffs and greps are of use
+    # The same data elsewhere is the same data; other data is not.
+    elsewhere = Manifest("/elsewhere", shards, ("cat", "dog"))
+    assert elsewhere.fingerprint == manifest.fingerprint
+    assert Manifest(str(tmp_path), shards[::-1]).fingerprint != manifest.fingerprint
+
+
+def test_manifest_of_shards_elsewhere(tmp_path: Path) -> None:
+    manifest = Manifest("s3://bucket/x", (Shard("0.tar", 1, 512),), index_root=str(tmp_path))
+    save_manifest(manifest, tmp_path / "manifest.json")
+    assert load_manifest(tmp_path / "manifest.json") == manifest
+    assert manifest.shard_url(0) == "s3://bucket/x/0.tar"
+    assert manifest.index_url(0) == f"{tmp_path}/0.idx"
+    signed = Manifest("https://host/x", (Shard("https://host/x/0.tar?key=1", 1, 512),))
+    assert signed.index_url(0) == "https://host/x/0.idx?key=1"
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda head: head.pop("shards"), "not a manifest"),
+        (lambda head: head["shards"][0].pop("path"), "not a manifest"),
+        (lambda head: head["shards"][0].update(bytes="x"), "not a manifest"),
+        (lambda head: head.update(format=2), "format 2, this program reads 1"),
+        (lambda head: head["shards"].pop(), "does not add up"),
+        (lambda head: head["shards"][0].update(samples=0), "does not add up"),
+    ],
+)
+def test_manifests_that_are_wrong(folder: Path, spoil: object, message: str) -> None:
+    path = folder / "manifest.json"
+    head = json.loads(path.read_text())
+    spoil(head)  # type: ignore[operator]
+    path.write_text(json.dumps(head))
+    with pytest.raises(ValueError, match=message):
+        open_source(str(folder))
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"not a manifest.*delete it"):
+        open_source(str(folder))
+
+
+def test_index_text(tmp_path: Path) -> None:
+    """Any number of members a sample; labels and images in any order; names that would break DALI's parser."""
+    samples = [
+        [Component("cls", 512, 1, "a.cls"), Component("jpg", 1536, 70_000_000_000, "a.jpg")],
+        [Component("JPEG", 80, 20, "dir x/ä%\n.JPEG")],
+        [Component("json", 1, 2, "c.json"), Component("png", 3, 4, "c.png"), Component("jpg", 5, 6, "c.jpg")],
+    ]
+    (tmp_path / "a.idx").write_bytes(format_index(samples))
+    content = (tmp_path / "a.idx").read_bytes()
+    index = read_index(content, samples=3)
+    assert index.offsets.tolist() == [1536, 80, 5]
+    assert index.sizes.tolist() == [70_000_000_000, 20, 6]
+    assert index.label_offsets.tolist() == [512, -1, -1]
+    assert [sample_key(content, i) for i in range(3)] == ["a", "dir x/ä%\n", "c"]
+    assert content.count(b"\n") == 4
+    with pytest.raises(ValueError, match=r"3 samples, the manifest says 4"):
+        read_index(content, samples=4)
+    with pytest.raises(ValueError, match="belongs to another tar"):
+        read_index(content, size=1000)
+    for damaged in (
+        content[:-1],
+        content[:40],
+        b"",
+        b"v1.1 3\n",
+        content.replace(b" 80 ", b" 8x "),
+        content + b"x 1\n",
+    ):
+        with pytest.raises(ValueError, match="delete it"):
+            read_index(damaged)
+
+
+def test_index_of_many_samples_against_a_plain_parser() -> None:
+    rng = np.random.default_rng(0)
+    extensions = ("jpg", "cls", "txt")
+
+    def component(i: int, extension: str) -> Component:
+        return Component(extension, int(rng.integers(1 << 40)), int(rng.integers(1 << 20)), f"{i}.{extension}")
+
+    samples = [[component(i, extension) for extension in extensions[: i % 3 + 1]] for i in range(1000)]
+    index = read_index(format_index(samples))
+    assert index.offsets.tolist() == [s[0].offset for s in samples]
+    assert index.sizes.tolist() == [s[0].size for s in samples]
+    assert index.label_sizes.tolist() == [s[1].size if len(s) > 1 else -1 for s in samples]
+
+
+def write_large(folder: Path, count: int) -> Path:
+    names = (f"part-{i // 1000:03d}/shard-{i:06d}.tar" for i in range(count))
+    shards = tuple(Shard(name, 10_000, 10**9 + i, f"xxh3_64:{i:016x}") for i, name in enumerate(names))
+    save_manifest(Manifest(str(folder), shards), folder / "manifest.json")
+    return folder / "manifest.json"
+
+
+def test_a_billion_samples_are_a_manifest_of_100_000_lines(tmp_path: Path) -> None:
+    path = write_large(tmp_path, 100_000)
+    assert path.stat().st_size < 15e6
+    begun = time.process_time()
+    manifest = load_manifest(path)
+    assert manifest.samples == 1_000_000_000
+    assert len(manifest.fingerprint) == 32
+    assert time.process_time() - begun < 5  # 0.4 s
+
+
+def test_memory_of_a_manifest(tmp_path: Path) -> None:
+    path = write_large(tmp_path, 5_000)
+    tracemalloc.start()
+    manifest = load_manifest(path)
+    assert manifest.samples == 50_000_000
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 600 * 5_000  # bytes a shard: 60 MB for 100,000
+    assert peak < 1500 * 5_000
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def test_ways_to_name_local_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_source(str(folder))
+    manifest = whole.manifests[0]
+    assert whole.samples == 60
+    assert (whole.lanes, whole.chunk_shards) == (1, None)
+    assert whole.names == ("copy",)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (folder / "shard-000002.idx").unlink()
+    assert open_source("~/copy").fingerprint == whole.fingerprint
+    assert whole.classes == ("class_0", "class_1", "class_2")
+    for data in (f"{folder}/", f"file://{folder}", f"{folder}/shard-{{000000..000003}}.tar", f"{folder}/*.tar"):
+        assert open_source(data).fingerprint == whole.fingerprint
+    one = open_source(f"{folder}/shard-000001.tar")
+    assert one.manifests[0].shards == manifest.shards[1:2]
+    assert one.names == ("copy",)
+    (folder / "manifest.json").unlink()
+    some = open_source(f"{folder}/shard-{{000001,000002}}.tar")
+    assert [s.samples for s in some.manifests[0].shards] == [15, 15]
+    assert some.manifests[0].shard_url(0) == str(folder / "shard-000001.tar")
+    assert not (folder / "manifest.json").exists()  # of two shards of four
+
+
+def test_folders_as_one_source(folder: Path, tmp_path: Path) -> None:
+    """Parts that were packed by several machines: each a folder with its manifest."""
+    shutil.copytree(folder, tmp_path / "part-0")
+    shutil.copytree(folder, tmp_path / "part-1")
+    source = open_source(f"{tmp_path}/part-{{0..1}}")
+    assert open_source(f"{tmp_path}/part-*").fingerprint == source.fingerprint
+    (manifest,) = source.manifests
+    assert [s.path for s in manifest.shards[3:5]] == ["part-0/shard-000003.tar", "part-1/shard-000000.tar"]
+    assert manifest.samples == 120
+    assert Path(manifest.shard_url(7)).exists() and Path(manifest.index_url(7)).exists()
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*part-2"):
+        open_source(f"{tmp_path}/part-{{0..2}}")
+
+
+def test_local_data_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        open_source(str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match=r"no such shard: .*shard-000004.tar"):
+        open_source(f"{folder}/shard-{{000003..000007}}.tar")
+    with pytest.raises(FileNotFoundError, match="nothing matches"):
+        open_source(f"{folder}/none*.tar")
+    with pytest.raises(ValueError, match=r"holds no shards itself, but .*/copy do"):
+        open_source(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no shards.*make_shards"):
+        open_source(str(tmp_path / "empty"))
+
+
+def test_a_missing_shard_is_noticed_at_once(folder: Path) -> None:
+    (folder / "shard-000002.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 shards .* missing, the first is .*shard-000002.tar"):
+        open_source(str(folder))
+
+
+def test_more_shards_than_the_manifest_has(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(folder / "shard-000000.tar", folder / "shard-000009.tar")
+    assert open_source(str(folder)).samples == 60
+    assert "1 tars in" in capsys.readouterr().err
+
+
+def test_missing_indexes_are_built(folder: Path) -> None:
+    before = (folder / "shard-000001.idx").read_bytes()
+    (folder / "shard-000001.idx").unlink()
+    open_source(str(folder))
+    assert (folder / "shard-000001.idx").read_bytes() == before
+    (folder / "shard-000001.idx").unlink()
+    with (folder / "shard-000001.tar").open("ab") as tar:
+        tar.write(bytes(10240))
+    with pytest.raises(ValueError, match=r"shard-000001.tar has 15 samples in .*manifest says 15"):
+        open_source(str(folder))
+
+
+# --- cards ------------------------------------------------------------------------------------------------------------
+
+
+def test_card(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    card = tmp_path / "mix.yaml"
+    card.write_text(
+        "sources:\n"
+        "  - {data: copy, weight: 3, name: all}\n"
+        '  - {data: "$WHERE/copy/shard-{000000..000001}.tar", weight: 1, name: half}\n'
+        "lanes: 2\nchunk_shards: 1\n"
+    )
+    source = open_source(str(card))
+    assert source.names == ("all", "half")
+    assert source.weights == (0.75, 0.25)
+    assert source.id_offsets.tolist() == [0, 60, 90]
+    assert (source.samples, source.lanes, source.chunk_shards) == (90, 2, 1)
+    # Without weights, size counts.
+    card.write_text("sources: [{data: copy, name: a}, {data: copy/shard-000000.tar, name: b}]\nchunk_shards: all")
+    source = open_source(str(card))
+    assert source.weights == (0.8, 0.2)
+    assert source.chunk_shards is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "a card is `sources:`"),
+        ("sources: []", "a card is `sources:`"),
+        ("sources: copy", "a card is `sources:`"),
+        ("sources: [{data: copy}]\nlane: 4", "unknown key lane; known are chunk_shards, lanes, sources"),
+        ("sources: [{data: copy, wieght: 1}]", "source 1: unknown key wieght; known are data, name, weight"),
+        ("sources: [{weight: 1}]", "source 1: needs `data:`"),
+        ("sources: [{data: copy, weight: 0}]", "weight 0 must be a number above 0"),
+        ("sources: [{data: copy, weight: -1}]", "weight -1 must be"),
+        ("sources: [{data: copy, weight: .nan}]", "weight nan must be"),
+        ("sources: [{data: copy, weight: true}]", "weight True must be"),
+        ("sources: [{data: copy, weight: 1, name: a}, {data: copy, name: b}]", "1 of 2 sources have a weight"),
+        ("sources: [{data: copy}, {data: copy}]", "must differ"),
+        ("sources: [{data: copy}]\nlanes: 0", "lanes 0 must be a whole number from 1"),
+        ("sources: [{data: copy}]\nchunk_shards: 1.5", "chunk_shards 1.5 must be"),
+        ("sources: [{data: other.yaml}]", "is a card itself"),
+        ("sources: [{data: $NOT_SET_AT_ALL/x}]", "environment variable"),
+        ("sources: [{data: none}]", "source 1: no such folder: .*none"),
+        ("sources: [{data: copy}", "is not YAML"),
+    ],
+)
+def test_cards_that_are_wrong(folder: Path, tmp_path: Path, text: str, message: str) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_source(str(card))
+    with pytest.raises(FileNotFoundError, match="no such card"):
+        open_source(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
+def test_published_cards(card: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each card of the repository is valid; what it lacks is only the data, and it says where to fill it in."""
+    from pipeline.sources.card import read_card
+
+    for variable in ("IN1M", "IN22K", "YFCC100M", "IG1B"):
+        monkeypatch.setenv(variable, str(folder))
+    assert read_card(card).sources
+    assert card.read_text().count("#") > 4
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_command(folder: Path) -> None:
+    result = describe(folder, "--check")
+    assert result.returncode == 0, result.stderr
+    assert "60" in result.stdout
+    assert "checked 4 shards, 60 samples: 0 faults" in result.stdout
+    result = describe(folder / "none")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no such folder") and result.stderr.count("\n") == 1
+
+
+def test_check_finds_every_fault(folder: Path) -> None:
+    """One line each: other bytes, too few bytes, an index of another tar, an image that does not decode."""
+    tars = sorted(folder.glob("*.tar"))
+    content = bytearray(tars[0].read_bytes())
+    content[3000] ^= 1
+    tars[0].write_bytes(content)
+    os.truncate(tars[1], tars[1].stat().st_size - 512)
+    tars[2].with_suffix(".idx").write_bytes(tars[0].with_suffix(".idx").read_bytes())
+    result = describe(folder, "--check")
+    assert result.returncode == 1, result.stderr
+    lines = result.stdout.splitlines()
+    assert [sum(t.name in line or t.stem in line for line in lines) for t in tars] == [1, 1, 1, 0]
+    assert "checksum" in lines[3] and "cut short" in lines[4] and lines[4].count(str(tars[1])) == 1
+    assert "3 faults" in lines[-1]
+
+    # Shards without checksums: what is inside is still looked at.
+    bad = index_tar(tars[3])[4]
+    image = next(c for c in bad if c.extension != "cls")
+    content = bytearray(tars[3].read_bytes())
+    content[image.offset : image.offset + image.size] = bytes(image.size)
+    for path in folder.iterdir():
+        if path != tars[3]:
+            path.unlink()
+    tars[3].write_bytes(content)
+    result = describe(folder, "--check")
+    assert result.returncode == 1, result.stderr
+    assert f"{image.name}: does not decode" in result.stdout
+    assert "1 fault (shards without a checksum to compare with: 1)" in result.stdout
+
+
+def test_check_asks_the_place_not_the_cache(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was fetched when all was well says nothing about what lies there now."""
+    arguments = ["manifest", f"local://{folder}", "--check", "--cache_dir", str(folder.parent / "cache")]
+    for faults in ("0 faults", "1 fault"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            assert manifest.run() == (faults != "0 faults")
+        output = capsys.readouterr().out
+        assert (
+            f"checked 4 shards, 60 samples: {faults}" in output and "4 lanes, each shuffling all its shards" in output
+        )
+        tar = folder / "shard-000002.tar"
+        tar.write_bytes(bytes(600) + tar.read_bytes()[600:])
+    assert not list((folder.parent / "cache").glob("check-*"))

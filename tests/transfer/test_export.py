@@ -1,0 +1,140 @@
+"""What leaves a run: torchvision loads it, the reference's layout comes back whole, and another run starts from it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import REPOSITORY, cpu_environment
+from safetensors.torch import load_file
+
+import checkpoint
+import recipe as recipes
+from model.interchange import read_moco
+from model.moco import MoCo
+from pipeline.labelled import eval_batches
+from pipeline.sources.opening import open_source
+from transfer.export import export
+from transfer.linear import linear
+from transfer.load import load_encoder
+from transfer.ranks import Ranks
+
+SMALL = recipes.Recipe(arch="resnet18", dim=8, mlp=True, queue_size=24, batch_size=12, bn_groups=2, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 3 steps that never happened: its weights are random, its key encoder another than its query encoder."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    folder.mkdir()
+    recipes.save(SMALL, folder / "recipe.yaml")
+    encoder = load_encoder(folder, untrained=True).encoder
+    moco = MoCo(encoder, dim=8, queue_size=24, temperature=0.2)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.01)
+    moco.enqueue(torch.nn.functional.normalize(torch.randn(30, 8), dim=1))
+    state = {"encoder": encoder.state_dict(), "moco": moco.state_dict(), "step": 3, "epoch": 1.0}
+    checkpoint.save(folder, state, step=3, keep=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["r18.pth", "r18.safetensors"])
+def test_torchvision_loads_it_and_computes_the_same(run_folder: Path, tmp_path: Path, name: str) -> None:
+    path = export(str(run_folder), tmp_path / name, "torchvision")
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    theirs = torchvision.models.resnet18().eval()
+    assert set(theirs.load_state_dict(state, strict=False).missing_keys) == {"fc.weight", "fc.bias"}
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(theirs(images), load_encoder(run_folder).encoder.backbone(images))
+
+
+def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
+    loaded, source = load_encoder(run_folder), open_source(str(shards_dir))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    folder = tmp_path / "linear"
+    settings: dict[str, Any] = {"epochs": 3, "batch_size": 30, "num_threads": 1, "ranks": alone}
+    rows = linear(loaded, source, source, folder, lrs=[1e-9, 0.002], **settings)
+    path = export(str(run_folder), tmp_path / "classifier.pth", "torchvision", folder)
+    theirs = torchvision.models.resnet18(num_classes=3).eval()
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    right = total = 0
+    with torch.no_grad():
+        for batch in eval_batches(source, image_size=32, resize=32, batch_size=30, mean_std=loaded.mean_std):
+            right += int((theirs(batch.images).argmax(dim=1) == batch.labels).sum())
+            total += len(batch.labels)
+    assert right / total == max(row["top1"] for row in rows) > min(row["top1"] for row in rows)
+    with pytest.raises(ValueError, match="torchvision format alone"):
+        export(str(run_folder), tmp_path / "x", "moco", folder)
+    with pytest.raises(FileNotFoundError, match="no classifier in"):
+        export(str(run_folder), tmp_path / "x", "torchvision", tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    recipes.save(SMALL, other / "recipe.yaml")
+    state = load_encoder(other, untrained=True).encoder.state_dict()
+    checkpoint.save(other, {"encoder": state, "step": 0}, step=0, keep=1)
+    with pytest.raises(ValueError, match="other weights"):
+        export(str(other), tmp_path / "x", "torchvision", folder)
+
+
+def test_the_reference_layout_comes_back_whole(run_folder: Path, tmp_path: Path) -> None:
+    path = export(str(run_folder), tmp_path / "moco.pth.tar", "moco")
+    file, saved = read_moco(path), checkpoint.load_newest(run_folder)
+    assert saved is not None
+    assert (file.arch, file.dim, file.mlp, file.epoch) == ("resnet18", 8, True, 1)
+    assert all(torch.equal(tensor, file.encoder[name]) for name, tensor in saved["encoder"].items())
+    assert all(torch.equal(tensor, saved["moco"][f"encoder_k.{name}"]) for name, tensor in file.key_encoder.items())
+    assert file.queue is not None
+    assert torch.equal(file.queue, saved["moco"]["queue"])
+    again = read_moco(export(str(path), tmp_path / "again.pth.tar", "moco"))  # of a bare file: the encoder alone
+    assert all(torch.equal(tensor, file.encoder[name]) for name, tensor in again.encoder.items())
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_such_a_file(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
+    path, out = export(str(run_folder), tmp_path / "moco.pth.tar", "moco"), tmp_path / "run"
+    flags = (
+        "--dim 8 --mlp true --queue_size 24 --batch_size 12 --bn_groups 2 --image_size 32 --precision fp32 --lr 1e-9"
+    )
+    flags += " --max_steps 1 --views cifar --num_threads 1 --moco_momentum 1 --weight_decay 0 --trackers []"
+    command = [
+        sys.executable,
+        "train.py",
+        "--arch",
+        "resnet18",
+        "--init",
+        str(path),
+        "--out",
+        str(out),
+        "--data",
+        str(shards_dir),
+        *flags.split(),
+    ]
+
+    def train(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], cwd=REPOSITORY, env=cpu_environment(), timeout=120, capture_output=True, text=True
+        )
+
+    done = train()
+    assert done.returncode == 0, done.stderr
+    after, file = checkpoint.load_newest(out), read_moco(path)
+    assert after is not None
+    assert file.queue is not None
+    for name, parameter in load_encoder(run_folder).encoder.named_parameters():
+        torch.testing.assert_close(after["encoder"][name], parameter.detach(), rtol=0, atol=1e-5)
+        assert torch.equal(after["moco"][f"encoder_k.{name}"], file.key_encoder[name])  # m 1: it stands still
+    # 12 of the 24 columns are new, those behind the file's pointer
+    old = (after["moco"]["queue"] == file.queue).all(dim=0)
+    assert old.sum() == 12
+    assert old.roll(-file.queue_ptr)[12:].all()
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]
+    unlike = train("--dim", "16", "--out", str(tmp_path / "unlike"))
+    assert unlike.returncode == 2
+    assert "does not fit the encoder" in unlike.stderr

@@ -1,0 +1,220 @@
+"""kNN against a brute-force float64 reference, over ranks, and leaving a training encoder as it found it."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY, cpu_environment
+
+from pipeline.sources.opening import open_source
+from transfer import knn
+from transfer.load import default_resize, load_encoder
+
+
+def brute_force(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int, temperature: float, classes: int
+) -> np.ndarray:
+    """Wu et al. 2018, section 3.4, in float64 and one test image at a time."""
+    predictions = []
+    for x in test.astype(np.float64):
+        similarity = train.astype(np.float64) @ x
+        nearest = np.argsort(-similarity, kind="stable")[:k]
+        scores = np.zeros(classes)
+        np.add.at(scores, labels[nearest], np.exp(similarity[nearest] / temperature))
+        predictions.append(scores.argmax())
+    return np.array(predictions)
+
+
+def some_features(n: int, seed: int, classes: int = 7, d: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy clusters, so that votes are neither unanimous nor random."""
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=g)
+    return F.normalize(centres[labels] + 1.8 * torch.randn(n, d, generator=g), dim=1), labels
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (200, 0.1), (200, 0.005), (999, 1.0)])
+def test_classify_equals_brute_force(k: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "TRAIN_CHUNK", 130)  # several chunks, most of them smaller than k
+    monkeypatch.setattr(knn, "TEST_CHUNK", 64)
+    train, labels = some_features(999, 0)
+    test, truth = some_features(300, 1)
+    ours = knn.classify(train, labels, test, k, temperature, classes=7).numpy()
+    reference = brute_force(train.numpy(), labels.numpy(), test.numpy(), k, temperature, 7)
+    np.testing.assert_array_equal(ours, reference)
+    assert 0.3 < (ours == truth.numpy()).mean() < 0.999
+
+
+def test_nearest_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "TRAIN_CHUNK", 50)
+    train, _ = some_features(170, 0)
+    test, _ = some_features(9, 1)
+    with torch.autocast("cpu", torch.bfloat16):  # the monitor may be called inside; similarities stay fp32
+        similarities, indices = knn.nearest(train, test, 12)
+    expected, where = (test @ train.T).topk(12, dim=1)
+    torch.testing.assert_close(similarities, expected)
+    torch.testing.assert_close(indices, where)
+
+
+def test_memory_is_that_of_a_chunk() -> None:
+    """8,192 x 100,000 similarities would be 3.3 GB; what is added to the features stays far below."""
+    script = """
+import resource, torch
+from transfer.knn import nearest
+torch.set_num_threads(1)
+train, test = torch.randn(100_000, 4), torch.randn(8_192, 4)
+nearest(train[:40_000], test[:2048], 5)  # whatever torch itself takes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+nearest(train, test, 5)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=cpu_environment(), capture_output=True, text=True, timeout=120, check=True
+    )
+    assert float(result.stdout) < 200  # MB
+
+
+SHARED_CLASSIFY = """
+import torch
+import torch.nn.functional as F
+from transfer import knn
+from transfer.ranks import joined
+
+torch.set_num_threads(1)
+knn.TRAIN_CHUNK, knn.TEST_CHUNK = 130, 64
+# some_features
+train, labels = some_features(999, 0)
+test, _ = some_features(300, 1)
+with joined() as (rank, world_size, device):
+    part = slice(0, 60) if rank == 0 else slice(60, 999)  # rank 0 has fewer than k
+    group = torch.distributed.group.WORLD
+    shared = knn.classify(train[part], labels[part], test, 200, 0.1, classes=7, group=group)
+alone = knn.classify(train, labels, test, 200, 0.1, classes=7)
+assert torch.equal(shared, alone), (shared != alone).sum()
+print("same" * (rank == 0))
+"""
+
+
+def test_ranks_share_the_work(run_ranks: Callable[..., str], tmp_path: Path) -> None:
+    script = tmp_path / "classify.py"
+    script.write_text(SHARED_CLASSIFY.replace("# some_features", inspect.getsource(some_features)))
+    assert "same" in run_ranks(2, script)
+
+
+def knn_command(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "transfer.knn", *map(str, arguments)],
+        env=cpu_environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.slow
+def test_command(run_folder: Path, shards_dir: Path, run_ranks: Callable[..., str]) -> None:
+    arguments = ["--run", run_folder, "--train", shards_dir, "--val", shards_dir, "--k", "5", "--batch_size", "16"]
+    alone = knn_command(*arguments)
+    assert alone.returncode == 0, alone.stderr
+    result = json.loads(alone.stdout.splitlines()[-1])
+    assert {key: result[key] for key in ("k", "train", "val", "classes", "step", "features")} == {
+        "k": 5,
+        "train": 60,
+        "val": 60,
+        "classes": 3,
+        "step": 7,
+        "features": "backbone",
+    }
+    assert 1 / 3 < result["knn"] <= 1  # each image is among its own neighbours here
+    shared = json.loads(run_ranks(2, "-m", "--", "transfer.knn", *arguments).strip().splitlines()[-1])
+    assert shared["knn"] == result["knn"]
+    assert shared["train"] == 60
+
+
+def test_command_errors(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
+    wrong = knn_command("--run", tmp_path / "nothing", "--train", shards_dir, "--val", shards_dir)
+    assert wrong.returncode == 2
+    assert "nothing" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def settings() -> dict[str, Any]:
+    return {"image_size": 32, "mean_std": ((0.5,) * 3, (0.25,) * 3), "batch_size": 16, "num_threads": 1}
+
+
+def test_monitor_leaves_training_as_it_was(run_folder: Path, shards_dir: Path) -> None:
+    encoder = load_encoder(run_folder).encoder
+    encoder.train()
+    encoder.backbone.layer1.eval()  # a part that someone froze must stay so
+    flags = [module.training for module in encoder.modules()]
+    weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    source = open_source(str(shards_dir))
+    torch.manual_seed(5)
+    random_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    accuracy = knn.monitor(encoder, source, source, k=5, **settings())
+    assert 1 / 3 < accuracy <= 1
+    assert [module.training for module in encoder.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), random_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_k_is_capped(run_folder: Path, shards_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = open_source(str(shards_dir))
+    result = knn.evaluate(knn.raw_pixels, source, source, k=200, progress=True, **settings())
+    assert result["k"] == 60
+    assert "k 200 is more than the 60 training images" in capsys.readouterr().err
+
+
+def test_extract_in_order(shards_dir: Path) -> None:
+    source = open_source(str(shards_dir))
+    features, labels, sample_ids = knn.extract(knn.raw_pixels, source, **settings())
+    assert features.shape == (60, 3 * 32 * 32)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(60))
+    assert sample_ids.tolist() == list(range(60))
+    assert labels.bincount().tolist() == [20, 20, 20]
+    first, _, _ = knn.extract(knn.raw_pixels, source, limit=21, **settings())
+    torch.testing.assert_close(first, features[:21])
+
+
+def test_unlabelled_source_is_an_error(image_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(image_folder.rglob("*.jpg"))[:20]):
+        (flat / f"{i}.jpg").write_bytes(file.read_bytes())
+    command = [sys.executable, "-m", "pipeline.make_shards", str(flat), str(tmp_path / "shards"), "--workers", "1"]
+    subprocess.run(command, check=True, cwd=REPOSITORY, timeout=120, capture_output=True)
+    labelled, unlabelled = open_source(str(shards_dir)), open_source(str(tmp_path / "shards"))
+    with pytest.raises(ValueError, match="20 of 20 images of the val source have no label"):
+        knn.evaluate(knn.raw_pixels, labelled, unlabelled, **settings())
+
+
+def test_untrained_is_the_runs_own_start(run_folder: Path) -> None:
+    trained, untrained = load_encoder(run_folder), load_encoder(run_folder, untrained=True)
+    again = load_encoder(run_folder, untrained=True)
+    assert (trained.step, untrained.step) == (7, 0)
+    a, b, c = (loaded.encoder.state_dict() for loaded in (trained, untrained, again))
+    assert all(torch.equal(b[name], c[name]) for name in b)
+    assert not torch.equal(a["backbone.bn1.weight"], b["backbone.bn1.weight"])
+    assert not any(module.training for module in trained.encoder.modules())
+
+
+def test_a_checkpoint_file_is_a_run_too(run_folder: Path) -> None:
+    loaded = load_encoder(run_folder / "checkpoints" / "step_00000007.pt")
+    assert loaded.step == 7
+    assert (loaded.image_size, loaded.views) == (32, "v1")
+
+
+def test_default_resize() -> None:
+    assert [default_resize(s) for s in (224, 160, 32, 28)] == [256, 183, 32, 28]

@@ -1,0 +1,187 @@
+"""The linear protocol: a frozen encoder, learning rates that do not touch each other, ranks, interruptions."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, cpu_environment
+from PIL import Image
+from sample_shards import write_shards
+
+import checkpoint
+from model.encoders import build_encoder
+from pipeline.pixels.views import mean_std
+from pipeline.sources.manifest import Source
+from pipeline.sources.opening import open_source
+from transfer import linear
+from transfer.load import LoadedEncoder
+from transfer.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SMALL: dict[str, Any] = {"epochs": 5, "batch_size": 20, "num_threads": 1, "ranks": ALONE}
+
+
+def coloured(folder: Path, count: int, seed: int, labelled: bool = True) -> Path:
+    """Noisy pictures of three colours; the colour is the label."""
+    rng, files = np.random.default_rng(seed), list[tuple[str, bytes, int | None]]()
+    for i in range(count):
+        noise = rng.integers(0, 90, (24, 24, 3))
+        noise[:, :, i % 3] += 90
+        file = io.BytesIO()
+        Image.fromarray(noise.astype(np.uint8)).save(file, "PNG")
+        files.append((f"{i}.png", file.getvalue(), i % 3 if labelled else None))
+    return write_shards(folder, files, 16)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("coloured")
+    return coloured(root / "train", 60, 0), coloured(root / "val", 31, 1)
+
+
+@pytest.fixture(scope="module")
+def sources(folders: tuple[Path, Path]) -> tuple[Source, Source]:
+    return open_source(str(folders[0])), open_source(str(folders[1]))
+
+
+def encoder() -> LoadedEncoder:
+    torch.manual_seed(3)
+    net = build_encoder("resnet18", dim=16).eval()
+    return LoadedEncoder(net, 16, mean_std("v1"), "v1", "test", 0, None)
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_learns_and_leaves_the_encoder_bit_identical(sources: tuple[Source, Source], tmp_path: Path) -> None:
+    loaded = encoder()
+    before = {name: tensor.clone() for name, tensor in loaded.encoder.state_dict().items()}
+    rows = linear.linear(loaded, *sources, tmp_path, lrs=[0.3], **SMALL)
+    assert [row["epoch"] for row in rows] == [5] and rows[0]["lr"] == 0.3
+    assert rows[0]["top1"] > 0.9 and rows[0]["top5"] == 1.0  # of three classes
+    assert rows[0]["loss"] < 0.7 < np.log(3) and rows[0]["train_top1"] > 0.8
+    after = loaded.encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in written] == [1, 2, 3, 4, 5] and written[-1] == rows[0]
+
+
+def test_each_learning_rate_is_on_its_own(sources: tuple[Source, Source], tmp_path: Path) -> None:
+    alone = linear.linear(encoder(), *sources, tmp_path / "1", lrs=[0.1], **SMALL | {"epochs": 2})
+    beside = linear.linear(encoder(), *sources, tmp_path / "2", lrs=[0.1, 1e6], **SMALL | {"epochs": 2})
+    for name in ("loss", "train_top1", "top1"):
+        assert beside[0][name] == pytest.approx(alone[0][name], rel=1e-6)
+    assert beside[1]["loss"] > 1e3 * beside[0]["loss"]
+
+
+def test_the_gradient_is_that_of_the_mean_loss(sources: tuple[Source, Source]) -> None:
+    """One step of `train_epoch` beside plain PyTorch in float64."""
+    torch.manual_seed(0)
+    heads = linear.Heads(2, 6, 3)
+    features, labels = torch.randn(8, 6), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    expected = []
+    for layer, lr in zip(heads.layers, (0.5, 2.0)):
+        weight = layer.get_parameter("weight").detach().double().requires_grad_()
+        bias = layer.get_parameter("bias").detach().double().requires_grad_()
+        torch.nn.functional.cross_entropy(features.double() @ weight.T + bias, labels).backward()
+        assert weight.grad is not None
+        expected.append((weight - lr * weight.grad).detach())
+    optimizer = torch.optim.SGD([{"params": x.parameters(), "lr": lr} for x, lr in zip(heads.layers, (0.5, 2.0))])
+    batch = type("Batch", (), {"images": features, "labels": labels})
+    linear.train_epoch(heads, optimizer, lambda x: x, iter([batch]), 1, lambda n: None)
+    for layer, weight in zip(heads.layers, expected):
+        torch.testing.assert_close(layer.get_parameter("weight").double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_top_5_against_numpy() -> None:
+    torch.manual_seed(1)
+    heads = linear.Heads(2, 4, 9)
+    for layer in heads.layers:
+        torch.nn.init.normal_(layer.get_parameter("weight"))
+    features, labels = torch.randn(50, 4), torch.randint(9, (50,))
+    batches = [type("Batch", (), {"images": features[i : i + 20], "labels": labels[i : i + 20]}) for i in (0, 20, 40)]
+    counts = linear.validate(heads, lambda x: x, batches, torch.device("cpu"))
+    for layer, row in zip(heads.layers, counts.tolist()):
+        order = np.argsort(-(features @ layer.get_parameter("weight").T).detach().numpy(), axis=1)
+        hits = order == labels.numpy()[:, None]
+        assert row == [hits[:, 0].sum(), hits[:, :5].sum(), 50] and row[0] < row[1] < 50
+
+
+def test_the_reference_schedule() -> None:
+    factors = [linear.decay(epoch, 100) for epoch in range(100)]
+    assert factors == pytest.approx([1.0] * 60 + [0.1] * 20 + [0.01] * 20)  # main_lincls.py: 60 and 80 of 100 epochs
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    sources: tuple[Source, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = linear.linear(encoder(), *sources, tmp_path / "whole", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+    save = checkpoint.save
+
+    def fail_at_two(run_dir: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
+        if step == 2:
+            raise OSError("no space left")
+        return save(run_dir, state, step=step, keep=keep)
+
+    monkeypatch.setattr(checkpoint, "save", fail_at_two)
+    with pytest.raises(OSError, match="no space"):
+        linear.linear(encoder(), *sources, tmp_path / "cut", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+    monkeypatch.undo()
+    resumed = linear.linear(encoder(), *sources, tmp_path / "cut", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+    assert without_times(resumed) == without_times(whole)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    assert without_times(list(map(json.loads, lines[0]))) == without_times(list(map(json.loads, lines[1])))
+    with pytest.raises(ValueError, match="another experiment: lr was"):
+        linear.linear(encoder(), *sources, tmp_path / "cut", lrs=[0.1], **SMALL | {"epochs": 3})
+    with pytest.raises(ValueError, match="another experiment: val was"):
+        linear.linear(encoder(), sources[0], sources[0], tmp_path / "cut", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+
+
+def test_sources_that_do_not_fit(sources: tuple[Source, Source], tmp_path: Path) -> None:
+    bare = open_source(str(coloured(tmp_path / "bare", 20, 2, labelled=False)))
+    with pytest.raises(ValueError, match="not every image of the train source has a label"):
+        linear.linear(encoder(), bare, sources[1], tmp_path / "a", lrs=[1.0], **SMALL)
+    with pytest.raises(ValueError, match="not every image of the val source has a label"):
+        linear.linear(encoder(), sources[0], bare, tmp_path / "b", lrs=[1.0], **SMALL)
+    with pytest.raises(ValueError, match="less than one batch of 64"):
+        linear.linear(encoder(), *sources, tmp_path / "c", lrs=[1.0], **SMALL | {"batch_size": 64})
+
+
+@pytest.mark.slow
+def test_command_on_two_ranks_killed_and_continued_on_one(
+    run_folder: Path, folders: tuple[Path, Path], run_ranks: Callable[..., str], tmp_path: Path
+) -> None:
+    arguments = ["transfer.linear", "--run", run_folder, "--train", folders[0], "--val", folders[1], "--lr", "[0.1, 1]"]
+    arguments += ["--batch_size", "20", "--num_threads", "1", "--image_size", "16", "--out"]
+    shared = json.loads(run_ranks(2, "-m", "--", *arguments, tmp_path / "two", "--epochs", "3").splitlines()[-1])
+    assert shared["train"] == 60 and shared["val"] == 31 and shared["lr"] in (0.1, 1)
+
+    command = [sys.executable, "-m", *map(str, arguments), str(tmp_path / "one"), "--epochs", "3"]
+    with subprocess.Popen(command, env=cpu_environment(), cwd=REPOSITORY) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.list_steps(tmp_path / "one") and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    alone = subprocess.run(command, env=cpu_environment(), cwd=REPOSITORY, timeout=120, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    rows = [list(map(json.loads, (tmp_path / n / "metrics.jsonl").read_text().splitlines())) for n in ("two", "one")]
+    assert len(rows[0]) == len(rows[1]) == 6
+    for two, one in zip(*rows):
+        assert (two["epoch"], two["lr"]) == (one["epoch"], one["lr"])
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["top1"] == pytest.approx(one["top1"], abs=1.01 / 31)  # an image that rounding moves
+
+    wrong = subprocess.run(
+        [*command, "--lr", "3"], env=cpu_environment(), cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "another experiment" in wrong.stderr and "Traceback" not in wrong.stderr
