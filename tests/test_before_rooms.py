@@ -1,7 +1,7 @@
 """The files of an earlier version open and go on.
 
 before_rooms.tar.xz was written by commit 26c238e, the last one before the code moved into rooms: `images/`, `shards/`
-made of them, `half/` where packing was stopped after the first of three shards, `foreign/` with the manifest and indexes
+before_rooms.tar.xz was written by commit 26c238e, the last before the code moved into rooms: `images/`, `shards/`
 that opening it built, and `run/`, two steps of a tiny training; expected.json has the losses with which that version
 went on to step 4. The listing in `half/` names its images by the absolute path below.
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
 from conftest import REPOSITORY, cpu_environment
 
 if TYPE_CHECKING:
