@@ -31,7 +31,7 @@ from pipeline.make_shards import pack_tasks
 from pipeline.packing import shard as pack
 from pipeline.packing import workers
 from pipeline.packing.collect import collect
-from pipeline.packing.listing import Found, Listing
+from pipeline.packing.listing import Listing, Survey
 from pipeline.packing.plan import plan
 from pipeline.packing.prepare import Options
 
@@ -82,7 +82,7 @@ def ours(pool: futures.Executor, src: Path, dest: Path, options: Options, shards
     """List, plan, pack: as make_shards does, without starting processes and without the contact sheet."""
     state = dest / ".make_shards"
     state.mkdir(parents=True)
-    found = Found()
+    found = Survey()
     listing = Listing.write(state, collect(str(src), found), found, classes=[], labels=True)
     size = -(-len(listing) // shards)
     planned = plan(listing.sizes, None, 0, holdout=0, samples_per_shard=size, shard_bytes=1 << 40)

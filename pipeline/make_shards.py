@@ -34,19 +34,19 @@ from pipeline.files import is_remote, local_path
 from pipeline.packing import lists, workers
 from pipeline.packing.collect import SUMMARY, collect
 from pipeline.packing.journal import (
-    STATE,
+    JOURNAL,
     begun,
     copy_up,
     finished,
     is_complete,
+    journal_folder,
+    remove_journal,
     remove_ours,
-    remove_state,
-    state_folder,
 )
-from pipeline.packing.listing import Found, Listing
-from pipeline.packing.plan import Planned, find_duplicates, image_numbers, plan
+from pipeline.packing.listing import Listing, Survey
+from pipeline.packing.plan import PlannedShard, find_duplicates, image_numbers, plan
 from pipeline.packing.prepare import Options
-from pipeline.packing.shard import HashTask, Item, PackTask, hash_contents, pack
+from pipeline.packing.shard import HashTask, PackTask, PlannedImage, hash_contents, pack
 from pipeline.packing.summary import finish, table
 from pipeline.sources.card import is_pattern
 from pipeline.sources.remote import reason
@@ -91,16 +91,16 @@ def make_shards(
     how: dict[str, Any] = {"workers": num_workers or len(os.sched_getaffinity(0)), "scheduler": scheduler}
 
     def write_listing(folder: Path) -> Listing:
-        found = Found()
-        entries = collect(src, found, exclude=dest)
+        survey = Survey()
+        images = collect(src, survey, exclude=dest)
         if labels not in ("auto", "none"):
-            entries = lists.labelled(entries, labels)
-        with workers.bar("listing", entries) as counted:
+            images = lists.labelled(images, labels)
+        with workers.bar("listing", images) as counted:
             names = lists.class_names(classes) if classes else []
-            listing = Listing.write(folder, counted, found, classes=names, labels=labels != "none")
+            listing = Listing.write(folder, counted, survey, classes=names, labels=labels != "none")
         if not len(listing):
-            others = ", ".join(f"{count} {kind}" for kind, count in found.ignored.most_common(5))
-            remedy = "; archives in folders of it are not opened: name their folder" if found.ignored["tar"] else ""
+            others = ", ".join(f"{count} {kind}" for kind, count in survey.ignored.most_common(5))
+            remedy = "; archives in folders of it are not opened: name their folder" if survey.ignored["tar"] else ""
             raise ValueError(f"no images in {src}: it holds {others or 'nothing'}{remedy}")
         return listing
 
@@ -114,17 +114,17 @@ def make_shards(
         workers.warm_up()
     if not overwrite and is_complete(dest, job, write_listing):
         return
-    with state_folder(dest) as state:
-        records = destination.join(dest, STATE)
+    with journal_folder(dest) as journal:
+        records = destination.join(dest, JOURNAL)
         if overwrite:
             remove_ours(dest)
-        listing = begun(state, job, dest)
+        listing = begun(journal, job, dest)
         if listing is None:
-            state.mkdir(exist_ok=True)
-            listing = write_listing(state)
-            destination.write(str(state / "job.json"), json.dumps(job).encode())
-            copy_up(state, records)
-        kept = remove_duplicates(listing, state, records, how) if dedup else None
+            journal.mkdir(exist_ok=True)
+            listing = write_listing(journal)
+            destination.write(str(journal / "job.json"), json.dumps(job).encode())
+            copy_up(journal, records)
+        kept = remove_duplicates(listing, journal, records, how) if dedup else None
         shards = plan(
             listing.sizes, kept, seed, holdout=holdout, samples_per_shard=samples_per_shard, shard_bytes=shard_bytes
         )
@@ -145,28 +145,28 @@ def make_shards(
             raise ValueError(
                 f"{len(missing)} shards were packed but are not in {dest}: do all workers see that folder?"
             )
-        counts = finish(dest, records, state, listing, shards, seed)
+        counts = finish(dest, records, journal, listing, shards, seed)
     summary = {"job": job, "digest": listing.summary["digest"], **counts}
     destination.write(destination.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
-    remove_state(dest)
+    remove_journal(dest)
     print(table(counts, dest, time.monotonic() - began))
 
 
 def pack_tasks(
-    listing: Listing, kept: np.ndarray | None, seed: int, shards: Iterator[Planned], dest: str, options: Options
+    listing: Listing, kept: np.ndarray | None, seed: int, shards: Iterator[PlannedShard], dest: str, options: Options
 ) -> Iterator[PackTask]:
     count = len(listing) if kept is None else len(kept)
     for shard in shards:
-        items = []
+        images = []
         for number in image_numbers(shard.begin, shard.end, count, kept, seed).tolist():
-            entry = listing[number]
-            own = any(name == "cls" for name, _, _ in entry.beside or ())
-            items.append(Item(number, entry, None if own and entry.label is None else listing.label(entry)))
+            image = listing[number]
+            own = any(name == "cls" for name, _, _ in image.sidecars or ())
+            images.append(PlannedImage(number, image, None if own and image.label is None else listing.label(image)))
         tar = destination.join(dest, f"{shard.name}.tar")
-        yield PackTask(tar, destination.join(dest, f"{STATE}/{shard.record}"), items, options)
+        yield PackTask(tar, destination.join(dest, f"{JOURNAL}/{shard.record}"), images, options)
 
 
-def remove_duplicates(listing: Listing, state: Path, records: str, how: dict[str, Any]) -> np.ndarray:
+def remove_duplicates(listing: Listing, journal: Path, records: str, how: dict[str, Any]) -> np.ndarray:
     """Numbers of the images that are not the same as an earlier one."""
     names = [f"hashes-{i:06d}" for i in range(-(-len(listing) // HASHED_TOGETHER))]
     there = destination.names(records)
@@ -179,10 +179,10 @@ def remove_duplicates(listing: Listing, state: Path, records: str, how: dict[str
 
     done = min(len(there & set(names)) * HASHED_TOGETHER, len(listing))
     workers.run(hash_contents, tasks(), what="hashing", total=len(listing), done=done, **how)
-    with (state / "hashes.bin").open("wb") as file:
+    with (journal / "hashes.bin").open("wb") as file:
         for name in names:
             file.write(destination.read(destination.join(records, name)))
-    kept, _ = find_duplicates(np.memmap(state / "hashes.bin", np.uint64, "r").reshape(-1, 2), state)
+    kept, _ = find_duplicates(np.memmap(journal / "hashes.bin", np.uint64, "r").reshape(-1, 2), journal)
     return kept
 
 

@@ -15,24 +15,24 @@ from typing import Any, BinaryIO
 
 from pipeline import files as destination
 from pipeline.files import is_remote, local_path
-from pipeline.packing.listing import Entry, Found, extension, is_image_name
+from pipeline.packing.listing import ListedImage, Survey, extension, is_image_name
 
 SYNSET = re.compile(r"n\d{8}")  # ImageNet's class tars, when they lie side by side
 
 
-def several(archives: list[str], found: Found) -> Iterator[Entry]:
+def several(archives: list[str], survey: Survey) -> Iterator[ListedImage]:
     """The images of some archives, in this order. A manifest.json beside shards tells the names of the classes."""
     for place in archives:
         with _opened(place) as file:
             if place.lower().endswith(".zip"):
-                yield from _zip(place, file, found)
+                yield from _zip(place, file, survey)
             else:
                 stem = posixpath.basename(place)[:-4]
-                yield from _tar(place, file, 0, "", stem if SYNSET.fullmatch(stem) else None, found)
+                yield from _tar(place, file, 0, "", stem if SYNSET.fullmatch(stem) else None, survey)
     if archives:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
             manifest = json.loads(destination.read(posixpath.join(posixpath.dirname(archives[0]), "manifest.json")))
-            found.classes = [str(name) for name in manifest["classes"]]
+            survey.classes = [str(name) for name in manifest["classes"]]
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def _opened(place: str) -> Iterator[BinaryIO]:
             yield file
 
 
-def _zip(place: str, file: BinaryIO, found: Found) -> Iterator[Entry]:
+def _zip(place: str, file: BinaryIO, survey: Survey) -> Iterator[ListedImage]:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
@@ -61,11 +61,11 @@ def _zip(place: str, file: BinaryIO, found: Found) -> Iterator[Entry]:
         if member.is_dir():
             continue
         if not is_image_name(member.filename) or member.filename.startswith("__MACOSX/"):
-            found.ignored[extension(member.filename) or "no extension"] += 1
+            survey.ignored[extension(member.filename) or "no extension"] += 1
             continue
         packing = -1 if member.flag_bits & 1 else member.compress_type
         name = member.filename.replace("\\", "/")  # as some Windows programs separate folders
-        yield Entry(_absolute(place), member.header_offset, member.compress_size, name, packing=packing)
+        yield ListedImage(_absolute(place), member.header_offset, member.compress_size, name, packing=packing)
 
 
 class _Window:
@@ -89,7 +89,7 @@ class _Window:
         return block
 
 
-def _tar(place: str, file: Any, begin: int, above: str, label: str | None, found: Found) -> Iterator[Entry]:
+def _tar(place: str, file: Any, begin: int, above: str, label: str | None, survey: Survey) -> Iterator[ListedImage]:
     """The images of the tar that `file` is. It lies at byte `begin` of `place`; `label` is that of a class tar.
 
     Members with the same name but for the extension are a WebDataset sample; the image goes first, the others with it.
@@ -102,14 +102,14 @@ def _tar(place: str, file: Any, begin: int, above: str, label: str | None, found
     except tarfile.ReadError as error:
         raise ValueError(f"{place} is not a tar ({error}): fetch it again, or unpack it if it is compressed") from None
     key = ""
-    images: list[Entry] = []
-    beside: list[tuple[str, int, int]] = []
+    images: list[ListedImage] = []
+    sidecars: list[tuple[str, int, int]] = []
     end = 0
     for member in _members(tar, place):
         hidden = posixpath.basename(member.name).startswith(".")
         if not member.isfile() or hidden:
             if not member.isdir():  # links in a tar have no data: `tar --dereference --hard-dereference` keeps it
-                found.ignored["hidden" if hidden else "link"] += 1
+                survey.ignored["hidden" if hidden else "link"] += 1
             continue
         offset = begin + member.offset_data
         end = member.offset_data + member.size
@@ -119,16 +119,16 @@ def _tar(place: str, file: Any, begin: int, above: str, label: str | None, found
         folder, _, base = name.rpartition("/")
         stem, _, extensions = base.partition(".")
         if f"{folder}/{stem}" != key:
-            yield from _sample(images, beside, found)
-            key, images, beside = f"{folder}/{stem}", [], []
+            yield from _sample(images, sidecars, survey)
+            key, images, sidecars = f"{folder}/{stem}", [], []
         if extension(name) == "tar":
             inner = _Window(file, member.offset_data, member.size)
-            yield from _tar(place, inner, offset, f"{above}{stem}/", stem, found)
+            yield from _tar(place, inner, offset, f"{above}{stem}/", stem, survey)
         elif is_image_name(name):
-            images.append(Entry(path, offset, member.size, above + name, label))
+            images.append(ListedImage(path, offset, member.size, above + name, label))
         else:
-            beside.append((extensions, offset, member.size))
-    yield from _sample(images, beside, found)
+            sidecars.append((extensions, offset, member.size))
+    yield from _sample(images, sidecars, survey)
 
 
 def _members(tar: tarfile.TarFile, place: str) -> Iterator[tarfile.TarInfo]:
@@ -140,17 +140,17 @@ def _members(tar: tarfile.TarFile, place: str) -> Iterator[tarfile.TarInfo]:
         raise ValueError(f"{place} is damaged or cut short ({error}): fetch it again") from None
 
 
-def _sample(images: list[Entry], beside: list[tuple[str, int, int]], found: Found) -> Iterator[Entry]:
+def _sample(images: list[ListedImage], sidecars: list[tuple[str, int, int]], survey: Survey) -> Iterator[ListedImage]:
     """What has one key: images, and what lies beside them. Beside `x.jpg` and `x.json`, `x.mask.png` is no image."""
     if not images:
-        found.ignored.update(extension or "no extension" for extension, _, _ in beside)
+        survey.ignored.update(extension or "no extension" for extension, _, _ in sidecars)
     plain = [image for image in images if image.name.rpartition("/")[2].count(".") == 1]
-    if beside and plain:
+    if sidecars and plain:
         parts = [(image.name.rpartition("/")[2].partition(".")[2], image.offset, image.size) for image in images]
-        beside = beside + [part for image, part in zip(images, parts) if image not in plain]
+        sidecars = sidecars + [part for image, part in zip(images, parts) if image not in plain]
         images = plain
     for image in images:
-        yield image._replace(beside=beside) if beside else image
+        yield image._replace(sidecars=sidecars) if sidecars else image
 
 
 def _absolute(place: str) -> str:

@@ -1,4 +1,4 @@
-"""Which images a source names: `collect(src)` looks at what `src` is and yields one `Entry` an image, in a fixed order.
+"""Which images a source names: `collect(src)` looks at what `src` is and yields its images, in a fixed order.
 
 Nothing here reads an image; what the files hold is found out when they are packed.
 """
@@ -12,7 +12,7 @@ import braceexpand
 
 from pipeline.files import file_system, is_remote, local_path
 from pipeline.packing import archives, lists
-from pipeline.packing.listing import Entry, Found, extension, file_size, is_image_name
+from pipeline.packing.listing import ListedImage, Survey, extension, file_size, is_image_name
 from pipeline.sources.card import is_pattern
 from pipeline.sources.storage import Storage
 
@@ -23,7 +23,7 @@ ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def collect(src: str, found: Found, exclude: str = "") -> Iterator[Entry]:
+def collect(src: str, survey: Survey, exclude: str = "") -> Iterator[ListedImage]:
     """The images of `src`: a folder, a list of paths, a tar, a zip archive, shards; local or by URL.
 
     `exclude` is a folder that is left out: the destination may lie in the source. FileNotFoundError when there is
@@ -37,23 +37,23 @@ def collect(src: str, found: Found, exclude: str = "") -> Iterator[Entry]:
         names = [n for p in braceexpand.braceexpand(src) for n in storage.glob(p)]
         if image := next(filter(is_image_name, names), None):
             raise ValueError(f"{src} names images ({image}), a pattern is of archives: name their folder, or list them")
-        yield from archives.several(names, found)
+        yield from archives.several(names, survey)
     elif lower.endswith(LISTS):
-        yield from lists.entries(src, found)
+        yield from lists.entries(src, survey)
     elif lower.endswith(ARCHIVES):
-        yield from archives.several([src], found)
+        yield from archives.several([src], survey)
     elif is_remote(src):
-        yield from _remote_folder(src, found, exclude)
+        yield from _remote_folder(src, survey, exclude)
     elif not local_path(src).exists():
         raise FileNotFoundError(f"no such folder or file: {src}")
     elif local_path(src).is_dir():
         folder = local_path(src)
         tars = sorted(str(folder / name) for name in os.listdir(folder) if _is_archive(name))  # noqa: PTH208
         if tars:
-            _refuse_both(src, tars, _folder(folder, "", Found(), exclude, ()))
-            yield from archives.several(tars, found)
+            _refuse_both(src, tars, _folder(folder, "", Survey(), exclude, ()))
+            yield from archives.several(tars, survey)
         else:
-            yield from _folder(folder, "", found, exclude, ())
+            yield from _folder(folder, "", survey, exclude, ())
     else:
         raise ValueError(
             f"{src} is none of what can be read: a folder, a list ({' '.join(LISTS)}), {' '.join(ARCHIVES)}"
@@ -64,7 +64,7 @@ def _is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVES) and not name.startswith(".")
 
 
-def _refuse_both(src: str, tars: list[str], images: Iterator[Entry]) -> None:
+def _refuse_both(src: str, tars: list[str], images: Iterator[ListedImage]) -> None:
     """ValueError when a folder of archives has images too: whichever were read, the others would be lost."""
     if image := next(images, None):
         raise ValueError(
@@ -73,7 +73,9 @@ def _refuse_both(src: str, tars: list[str], images: Iterator[Entry]) -> None:
         )
 
 
-def _folder(root: Path, below: str, found: Found, exclude: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+def _folder(
+    root: Path, below: str, survey: Survey, exclude: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[ListedImage]:
     """The images below root/below; symbolic links are followed, but not into a folder that contains them."""
     folder = root / below
     status = folder.stat()
@@ -86,12 +88,12 @@ def _folder(root: Path, below: str, found: Found, exclude: str, above: tuple[tup
     for name, is_folder in names:
         relative = f"{below}/{name}" if below else name
         if is_folder:
-            yield from _folder(root, relative, found, exclude, (*above, identity))
+            yield from _folder(root, relative, survey, exclude, (*above, identity))
         elif not is_image_name(name) or name == sheet:
-            found.ignored[extension(name) or "no extension"] += 1
+            survey.ignored[extension(name) or "no extension"] += 1
         else:
             full = os.path.join(folder, name)  # noqa: PTH118
-            yield Entry(full, -1, file_size(full), relative)
+            yield ListedImage(full, -1, file_size(full), relative)
 
 
 def _is_folder(item: "os.DirEntry[str]") -> bool:
@@ -101,20 +103,20 @@ def _is_folder(item: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _remote_folder(src: str, found: Found, exclude: str) -> Iterator[Entry]:
+def _remote_folder(src: str, survey: Survey, exclude: str) -> Iterator[ListedImage]:
     fs, root = file_system(src)
     if not fs.exists(root):
         raise FileNotFoundError(f"no such folder: {src}")
     tars = sorted(fs.unstrip_protocol(p) for p in fs.ls(root, detail=False) if _is_archive(p.rpartition("/")[2]))
     left_out = file_system(exclude)[1].rstrip("/") if is_remote(exclude) else None
     if tars:
-        _refuse_both(src, tars, _walk(fs, root, Found(), left_out))
-        yield from archives.several(tars, found)
+        _refuse_both(src, tars, _walk(fs, root, Survey(), left_out))
+        yield from archives.several(tars, survey)
     else:
-        yield from _walk(fs, root, found, left_out)
+        yield from _walk(fs, root, survey, left_out)
 
 
-def _walk(fs: Any, root: str, found: Found, left_out: str | None) -> Iterator[Entry]:
+def _walk(fs: Any, root: str, survey: Survey, left_out: str | None) -> Iterator[ListedImage]:
     for folder, folders, files in fs.walk(root, detail=True):
         for name in sorted(folders):  # walk goes into what is left in the dict, in its order
             details = folders.pop(name)
@@ -126,6 +128,6 @@ def _walk(fs: Any, root: str, found: Found, left_out: str | None) -> Iterator[En
             if is_image_name(name) and name != sheet:
                 size = files[name].get("size")
                 relative = f"{below}/{name}" if below else name
-                yield Entry(fs.unstrip_protocol(files[name]["name"]), -1, -1 if size is None else size, relative)
+                yield ListedImage(fs.unstrip_protocol(files[name]["name"]), -1, -1 if size is None else size, relative)
             elif name:
-                found.ignored[extension(name) or "no extension"] += 1
+                survey.ignored[extension(name) or "no extension"] += 1

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.files import file_system, is_remote
-from pipeline.packing.listing import Entry
+from pipeline.packing.listing import ListedImage
 from pipeline.packing.prepare import Rejected
 from pipeline.sources import remote
 
@@ -29,46 +29,46 @@ class Part(NamedTuple):
     size: int
 
 
-def parts_of(entry: Entry) -> list[Part]:
+def parts_of(image: ListedImage) -> list[Part]:
     """The image, then what lies beside it in the archive."""
-    size = entry.size
-    if entry.packing is not None:
-        size += ZIP_HEADER + len(entry.name.encode("utf-8", "surrogateescape")) + ZIP_SLACK
-    beside = [Part(entry.path, offset, size) for _, offset, size in entry.beside or ()]
-    return [Part(entry.path, entry.offset, size), *beside]
+    size = image.size
+    if image.packing is not None:
+        size += ZIP_HEADER + len(image.name.encode("utf-8", "surrogateescape")) + ZIP_SLACK
+    sidecars = [Part(image.path, offset, size) for _, offset, size in image.sidecars or ()]
+    return [Part(image.path, image.offset, size), *sidecars]
 
 
-def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
-    """For each entry its bytes and those of its neighbours in the sample, or why there are none.
+def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
+    """For each image its bytes and those of its neighbours in the sample, or why there are none.
 
     FileNotFoundError for a file that was there when it was listed; OSError for a store that does not answer.
     """
     with contextlib.ExitStack() as stack:
         archives: OrderedDict[str, int] = OrderedDict()
         stack.callback(_close, archives)
-        iterator = iter(entries)
+        iterator = iter(images)
         while group := list(itertools.islice(iterator, TOGETHER)):
-            parts = [parts_of(entry) for entry in group]
-            away = [p for of_entry in parts for p in of_entry if is_remote(p.path)]
+            parts = [parts_of(image) for image in group]
+            away = [p for of_image in parts for p in of_image if is_remote(p.path)]
             answers = iter(_remote(away)) if away else iter(())
-            for entry, of_entry in zip(group, parts):
+            for image, of_image in zip(group, parts):
                 # All of them, before one can fail: the next image's answers would be taken for the rest of this one's.
-                arrived = [next(answers) if is_remote(p.path) else p for p in of_entry] if away else of_entry
+                arrived = [next(answers) if is_remote(p.path) else p for p in of_image] if away else of_image
                 try:
-                    if entry.size < 0 and not is_remote(entry.path) and not os.path.isfile(entry.path):  # noqa: PTH113
-                        raise Rejected("no such file", entry.path)
+                    if image.size < 0 and not is_remote(image.path) and not os.path.isfile(image.path):  # noqa: PTH113
+                        raise Rejected("no such file", image.path)
                     contents = [_local(a, archives) if isinstance(a, Part) else _checked(a) for a in arrived]
-                    if entry.offset >= 0:
-                        _check_sizes(of_entry, contents, entry)
-                    if entry.packing is not None:
-                        contents[0] = _unzip(contents[0], entry, archives)
+                    if image.offset >= 0:
+                        _check_sizes(of_image, contents, image)
+                    if image.packing is not None:
+                        contents[0] = _unzip(contents[0], image, archives)
                     yield contents
                 except (FileNotFoundError, IsADirectoryError):
-                    if entry.size < 0:
-                        yield Rejected("no such file", entry.path)
+                    if image.size < 0:
+                        yield Rejected("no such file", image.path)
                         continue
                     raise FileNotFoundError(
-                        f"{entry.path} has vanished since it was listed: put it back and run the same command again, "
+                        f"{image.path} has vanished since it was listed: put it back and run the same command again, "
                         "or begin anew without it by --overwrite"
                     ) from None
                 except PermissionError as error:
@@ -77,10 +77,10 @@ def fetch(entries: Iterable[Entry]) -> Iterator[list[bytes] | Rejected]:
                     yield why
 
 
-def _check_sizes(parts: list[Part], contents: list[bytes], entry: Entry) -> None:
+def _check_sizes(parts: list[Part], contents: list[bytes], image: ListedImage) -> None:
     """Of a zip's member more was asked for than there may be."""
     for part, content in zip(parts, contents):
-        least = 0 if entry.packing is not None else part.size
+        least = 0 if image.packing is not None else part.size
         if not least <= len(content) <= part.size:
             raise ValueError(
                 f"{part.path}: {len(content):,} bytes where {part.size:,} at {part.offset:,} were asked for: it "
@@ -140,18 +140,18 @@ def _remote(parts: list[Part]) -> list[bytes | BaseException]:
     return contents
 
 
-def _unzip(blob: bytes, entry: Entry, archives: "OrderedDict[str, int]") -> bytes:
+def _unzip(blob: bytes, image: ListedImage, archives: "OrderedDict[str, int]") -> bytes:
     """The member whose local header `blob` begins with."""
-    if entry.packing not in (0, 8):
-        raise Rejected("zip member not readable", "encrypted" if entry.packing == -1 else f"method {entry.packing}")
+    if image.packing not in (0, 8):
+        raise Rejected("zip member not readable", "encrypted" if image.packing == -1 else f"method {image.packing}")
     if blob[:4] != b"PK\x03\x04":
         raise Rejected("zip member not readable", "no header where the directory says")
     begin = ZIP_HEADER + sum(struct.unpack("<HH", blob[26:30]))
-    if len(blob) < begin + entry.size:
-        longer = Part(entry.path, entry.offset, begin + entry.size)
-        blob = _checked(_remote([longer])[0]) if is_remote(entry.path) else _local(longer, archives)
-    data = blob[begin : begin + entry.size]
-    if entry.packing == 0:
+    if len(blob) < begin + image.size:
+        longer = Part(image.path, image.offset, begin + image.size)
+        blob = _checked(_remote([longer])[0]) if is_remote(image.path) else _local(longer, archives)
+    data = blob[begin : begin + image.size]
+    if image.packing == 0:
         return data
     inflater = zlib.decompressobj(-15)
     try:

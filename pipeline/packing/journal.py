@@ -19,18 +19,18 @@ from pipeline import files as destination
 from pipeline.files import is_remote, local_path
 from pipeline.packing.collect import SUMMARY
 from pipeline.packing.listing import Listing
-from pipeline.packing.plan import Planned
+from pipeline.packing.plan import PlannedShard
 
-STATE = ".make_shards"  # in DEST: the listing and the records of finished shards, until all are
+JOURNAL = ".make_shards"  # in DEST: the listing and the records of finished shards, until all are
 LISTING = ("listing.jsonl", "listing.bin", "listing.json", "job.json")  # the last one says that all are there
 OURS = r"shard-\d{6,}\.(tar|idx)|(manifest|make_shards)\.json|(rejected|duplicates)\.jsonl|contact_sheet\.png"
 
 
 @contextlib.contextmanager
-def state_folder(dest: str) -> Iterator[Path]:
+def journal_folder(dest: str) -> Iterator[Path]:
     """The local folder with the listing: DEST/.make_shards itself, or for a remote DEST a copy of that."""
     if not is_remote(dest):
-        folder = local_path(destination.join(dest, STATE))
+        folder = local_path(destination.join(dest, JOURNAL))
         is_new = not folder.parent.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder.parent):
@@ -46,8 +46,8 @@ def state_folder(dest: str) -> Iterator[Path]:
                             folder.parent.rmdir()  # if it is empty
         return
     with tempfile.TemporaryDirectory(prefix="make_shards-") as temporary:
-        if set(LISTING) <= destination.names(destination.join(dest, STATE)):
-            fs, root = destination.file_system(destination.join(dest, STATE))
+        if set(LISTING) <= destination.names(destination.join(dest, JOURNAL)):
+            fs, root = destination.file_system(destination.join(dest, JOURNAL))
             for name in LISTING:
                 fs.get_file(f"{root}/{name}", str(Path(temporary) / name))
         yield Path(temporary)
@@ -77,14 +77,14 @@ def _remove_leftovers(dest: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
-def begun(state: Path, job: dict[str, Any], dest: str) -> Listing | None:
+def begun(journal: Path, job: dict[str, Any], dest: str) -> Listing | None:
     """The listing of an interrupted run of the same job; ValueError when it was another job."""
-    records = destination.join(dest, STATE)
+    records = destination.join(dest, JOURNAL)
     there = destination.names(records)
     before = json.loads(destination.read(destination.join(records, "job.json"))) if "job.json" in there else {}
     if before == job or (before and any(name.endswith(".json") and "shard-" in name for name in there)):
         _refuse_if_changed(before, job, dest)
-        return Listing(state)
+        return Listing(journal)
     if not there:
         for split in ("", "train", "val") if job["holdout"] else ("",):
             folder = destination.join(dest, split).rstrip("/")
@@ -119,17 +119,17 @@ def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
                 f"{dest} was made from {summary['found']:,} images that are no longer those of {job['src']} "
                 f"({len(listing):,} now): name another folder, or add --overwrite to make it anew"
             )
-    remove_state(dest)
+    remove_journal(dest)
     print(f"{dest} is complete: {summary['packed']:,} of {summary['found']:,} images packed; nothing to do")
     return True
 
 
 def remove_ours(dest: str) -> None:
     """Deletes what make_shards wrote, nothing else; killed in the middle, it can be called again."""
-    if SUMMARY not in destination.names(dest) and not destination.names(destination.join(dest, STATE)):
+    if SUMMARY not in destination.names(dest) and not destination.names(destination.join(dest, JOURNAL)):
         return
-    destination.make_folder(destination.join(dest, STATE))
-    destination.write(destination.join(dest, f"{STATE}/job.json"), b"{}")  # of no job, and what is left is ours
+    destination.make_folder(destination.join(dest, JOURNAL))
+    destination.write(destination.join(dest, f"{JOURNAL}/job.json"), b"{}")  # of no job, and what is left is ours
     destination.remove(destination.join(dest, SUMMARY))
     for split in ("", "train", "val"):
         folder = destination.join(dest, split).rstrip("/")
@@ -139,11 +139,11 @@ def remove_ours(dest: str) -> None:
         for name in there:
             if re.fullmatch(OURS, name):
                 destination.remove(destination.join(folder, name))
-    remove_state(dest)
+    remove_journal(dest)
 
 
-def remove_state(dest: str) -> None:
-    place = destination.join(dest, STATE)
+def remove_journal(dest: str) -> None:
+    place = destination.join(dest, JOURNAL)
     if not is_remote(place):
         shutil.rmtree(local_path(place), ignore_errors=True)
     elif destination.names(place):
@@ -151,23 +151,26 @@ def remove_state(dest: str) -> None:
         fs.rm(path, recursive=True)
 
 
-def copy_up(state: Path, records: str) -> None:
+def copy_up(journal: Path, records: str) -> None:
     if is_remote(records):
         destination.make_folder(records)
         fs, path = destination.file_system(records)
         for name in LISTING:
-            fs.put_file(str(state / name), f"{path}/{name}")
+            fs.put_file(str(journal / name), f"{path}/{name}")
 
 
-def finished(dest: str, shards: list[Planned]) -> set[Planned]:
+def finished(dest: str, shards: list[PlannedShard]) -> set[PlannedShard]:
     """The shards that have a record, and are there unless nothing was left of them."""
-    records = destination.names(destination.join(dest, STATE))
+    records = destination.names(destination.join(dest, JOURNAL))
     splits = {shard.split for shard in shards}
     tars = {split: destination.names(destination.join(dest, split).rstrip("/")) for split in splits}
     done = set()
     for shard in shards:
         if shard.record in records:
             there = f"shard-{shard.number:06d}.tar" in tars[shard.split]
-            if there or not json.loads(destination.read(destination.join(dest, f"{STATE}/{shard.record}")))["samples"]:
+            if (
+                there
+                or not json.loads(destination.read(destination.join(dest, f"{JOURNAL}/{shard.record}")))["samples"]
+            ):
                 done.add(shard)
     return done

@@ -1,6 +1,6 @@
 """The images that were found, as a file: a line each, beside an array of where the lines begin.
 
-A listing of any length costs the memory of one folder, and entry i is found in one look.
+A listing of any length costs the memory of one folder, and image i is found in one look.
 """
 
 import json
@@ -23,7 +23,7 @@ from pipeline.sources.index import IMAGE_EXTENSIONS, LABEL_EXTENSION
 MOST_CLASSES = 1_000_000  # folders at one depth; beyond that they are no classes
 
 
-class Entry(NamedTuple):
+class ListedImage(NamedTuple):
     """One image that was found."""
 
     path: str  # the file, archive or URL that holds the bytes
@@ -32,12 +32,12 @@ class Entry(NamedTuple):
     name: str  # relative to the source: for the key, for messages
     label: str | None = None  # None: the folder may say
     columns: dict[str, Any] | None = None  # written as key.json
-    beside: list[tuple[str, int, int]] | None = None  # other members of a WebDataset sample: extension, offset, size
+    sidecars: list[tuple[str, int, int]] | None = None  # other members of a WebDataset sample: extension, offset, size
     packing: int | None = None  # how a member of a zip archive is packed: 0 stored, 8 deflated, -1 encrypted
 
 
 @dataclass
-class Found:
+class Survey:
     """What is learned about a source while its images are listed."""
 
     ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
@@ -47,11 +47,11 @@ class Found:
     labels: dict[str, None] = field(default_factory=dict)  # labels that a list or an archive gave
     classes: list[str] = field(default_factory=list)  # their names in order, where the source says
 
-    def add(self, entry: Entry) -> None:
-        if entry.label is not None:
-            self.labels[entry.label] = None
+    def add(self, image: ListedImage) -> None:
+        if image.label is not None:
+            self.labels[image.label] = None
             return
-        folders = entry.name.split("/")[:-1]
+        folders = image.name.split("/")[:-1]
         self.depths[len(folders)] += 1
         if self.root is None:
             self.root = folders
@@ -90,7 +90,7 @@ def file_size(path: str) -> int:
 
 
 class Listing:
-    """Entries on disk. `sizes` is int64 [n], -1 where unknown; `listing[i]` reads one entry."""
+    """Entries on disk. `sizes` is int64 [n], -1 where unknown; `listing[i]` reads one image."""
 
     def __init__(self, folder: Path) -> None:
         self.summary: dict[str, Any] = json.loads((folder / "listing.json").read_text())
@@ -105,25 +105,27 @@ class Listing:
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, i: int) -> Entry:
+    def __getitem__(self, i: int) -> ListedImage:
         begin = int(self._table[i, 0])
         end = int(self._table[i + 1, 0]) if i + 1 < len(self) else len(self._lines)
-        return Entry(*json.loads(self._lines[begin:end]))
+        return ListedImage(*json.loads(self._lines[begin:end]))
 
     @property
     def sizes(self) -> np.ndarray:
         return self._table[:, 1]
 
-    def label(self, entry: Entry) -> int | None:
-        """The number of the entry's class; None when it has none, or brings its own as a member of its sample."""
-        if entry.label is not None:
-            return int(entry.label) if self.summary["labels_are_numbers"] else self._number[entry.label]
+    def label(self, image: ListedImage) -> int | None:
+        """The number of the image's class; None when it has none, or brings its own as a member of its sample."""
+        if image.label is not None:
+            return int(image.label) if self.summary["labels_are_numbers"] else self._number[image.label]
         depth = self.summary["class_depth"]
-        return None if depth < 0 else self._number[entry.name.split("/")[depth]]
+        return None if depth < 0 else self._number[image.name.split("/")[depth]]
 
     @staticmethod
-    def write(folder: Path, entries: Iterable[Entry], found: Found, *, classes: list[str], labels: bool) -> "Listing":
-        """Writes the listing of `entries`; listing.json comes last, so that a listing that has one is whole.
+    def write(
+        folder: Path, images: Iterable[ListedImage], survey: Survey, *, classes: list[str], labels: bool
+    ) -> "Listing":
+        """Writes the listing of `images`; listing.json comes last, so that a listing that has one is whole.
 
         `classes` gives the numbers of the labels (empty: their sorted order; labels that are all numbers stay what they
         are). `labels` False leaves them out. ValueError for a label that is not among `classes`.
@@ -133,38 +135,38 @@ class Listing:
         position = total = count = 0
         rows = array("q")
         with (folder / "listing.jsonl").open("wb") as lines, (folder / "listing.bin").open("wb") as table:
-            for entry in entries:
+            for image in images:
                 if not labels:
-                    beside = entry.beside and [part for part in entry.beside if part[0] != LABEL_EXTENSION]
-                    entry = entry._replace(label=None, beside=beside or None)
-                found.add(entry)
-                where, what = encode(entry.path), encode(entry[1:])
+                    sidecars = image.sidecars and [part for part in image.sidecars if part[0] != LABEL_EXTENSION]
+                    image = image._replace(label=None, sidecars=sidecars or None)
+                survey.add(image)
+                where, what = encode(image.path), encode(image[1:])
                 digest.update(what.encode())  # not the place: the same images elsewhere are the same input
                 line = f"[{where},{what[1:]}\n".encode()
-                rows.extend((position, entry.size))
+                rows.extend((position, image.size))
                 lines.write(line)
                 position += len(line)
-                total += max(entry.size, 0)
+                total += max(image.size, 0)
                 count += 1
                 if len(rows) >= 1 << 16:
                     table.write(rows.tobytes())
                     rows = array("q")
             table.write(rows.tobytes())
-        depth = found.class_depth() if labels else -1
-        named = list(found.labels) or (list(found.folders[depth]) if depth >= 0 else [])
+        depth = survey.class_depth() if labels else -1
+        named = list(survey.labels) or (list(survey.folders[depth]) if depth >= 0 else [])
         # More digits than a class number has are a name: a taxon's, a product's.
-        numbers = bool(found.labels) and not classes and all(name.isdecimal() and len(name) < 10 for name in named)
+        numbers = bool(survey.labels) and not classes and all(name.isdecimal() and len(name) < 10 for name in named)
         if classes and (unknown := sorted(set(named) - set(classes))):
             raise ValueError(f"{len(unknown)} labels are not among the {len(classes)} classes, the first: {unknown[0]}")
         if not classes:
-            classes = sorted(named, key=int if numbers else None) if named or not labels else found.classes
+            classes = sorted(named, key=int if numbers else None) if named or not labels else survey.classes
         summary = {
             "images": count,
             "bytes": total,
             "classes": classes,
             "class_depth": depth,
             "labels_are_numbers": numbers,
-            "ignored": found.ignored,
+            "ignored": survey.ignored,
             "digest": digest.hexdigest(),
         }
         write_atomically(folder / "listing.json", json.dumps(summary).encode())

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from pipeline import files as destination
 from pipeline.files import is_remote, local_path
-from pipeline.packing.listing import Entry, Found, extension, file_size, is_image_name
+from pipeline.packing.listing import ListedImage, Survey, extension, file_size, is_image_name
 
 # Names of columns, in any case; the earliest in the list that is there is taken.
 PATHS = """path file filename file_name filepath file_path image image_path url uri name image_id imageid""".split()  # noqa: SIM905
@@ -20,7 +20,7 @@ LONGEST_CELL = 1 << 24  # characters; Python's own limit is less than some capti
 Row = dict[str, Any]
 
 
-def entries(place: str, found: Found) -> Iterator[Entry]:
+def entries(place: str, survey: Survey) -> Iterator[ListedImage]:
     """The images of a list, in its order, with its other columns. Relative paths begin in the list's folder.
 
     A file that is not there has the size -1: it is counted, and rejected when it is packed.
@@ -39,7 +39,7 @@ def entries(place: str, found: Found) -> Iterator[Entry]:
         columns = {name: value for name, value in row.items() if value is not None} or None
         if isinstance(label, float) and label.is_integer():  # whole numbers beside missing ones, as pandas writes them
             label = int(label)
-        yield Entry(full, -1, size, path, None if label in (None, "") else str(label), columns)
+        yield ListedImage(full, -1, size, path, None if label in (None, "") else str(label), columns)
 
 
 def rows(place: str) -> Iterator[tuple[Row, str, str]]:
@@ -130,8 +130,8 @@ def _opened(place: str) -> TextIO:
     return io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig", "surrogateescape", newline="")
 
 
-def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:
-    """The entries with the labels of a file: names and labels, or labels alone in the order of the names.
+def labelled(images: Iterable[ListedImage], place: str) -> Iterator[ListedImage]:
+    """The images with the labels of a file: names and labels, or labels alone in the order of the names.
 
     Names may be whole, without their folders, or without their extension. ValueError when an image has no label, or
     when the number of labels is another than that of images.
@@ -141,21 +141,21 @@ def labelled(entries: Iterable[Entry], place: str) -> Iterator[Entry]:
     if not lines:
         raise ValueError(f"{place} is empty")
     if not any(mark in lines[0] for mark in " ,\t"):
-        listed = sorted(entries, key=lambda entry: entry.name)
+        listed = sorted(images, key=lambda image: image.name)
         if len(listed) != len(lines):
             raise ValueError(
                 f"{place} has {len(lines):,} labels and no names, for {len(listed):,} images: as many are needed"
             )
-        yield from (entry._replace(label=label) for entry, label in zip(listed, lines))
+        yield from (image._replace(label=label) for image, label in zip(listed, lines))
         return
     table = dict(_names_and_labels(lines, place))
-    for entry in entries:
-        base = entry.name.rpartition("/")[2]
+    for image in images:
+        base = image.name.rpartition("/")[2]
         stem = base.removesuffix("." + base.rpartition(".")[2])
-        known = next((name for name in (entry.name, base, stem) if name in table), None)
+        known = next((name for name in (image.name, base, stem) if name in table), None)
         if known is None or not table[known]:
-            raise ValueError(f"{place} has no label for {entry.name}, among {len(table):,} as for {next(iter(table))}")
-        yield entry._replace(label=table[known])
+            raise ValueError(f"{place} has no label for {image.name}, among {len(table):,} as for {next(iter(table))}")
+        yield image._replace(label=table[known])
 
 
 def _names_and_labels(lines: list[str], place: str) -> Iterator[tuple[str, str]]:

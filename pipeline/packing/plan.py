@@ -17,7 +17,7 @@ from pipeline.permutation import fold_key, permute
 AT_ONCE = 1 << 20  # images looked at together
 
 
-class Planned(NamedTuple):
+class PlannedShard(NamedTuple):
     """A shard: its folder ("" without splits), its number there, its images' positions in the permutation."""
 
     split: str
@@ -48,7 +48,7 @@ def plan(
     holdout: float,
     samples_per_shard: int,
     shard_bytes: int,
-) -> list[Planned]:
+) -> list[PlannedShard]:
     """The shards. `sizes` are the images' bytes, -1 unknown. `holdout`: a fraction below 1, or a number of images."""
     count = len(sizes) if kept is None else len(kept)
     held = round(holdout * count) if holdout < 1 else int(holdout)
@@ -57,7 +57,7 @@ def plan(
     if held >= count:
         raise ValueError(f"--holdout {holdout:g} leaves nothing of {count:,} images to train on: hold out fewer")
     splits = {"val": (0, held), "train": (held, count)} if held else {"": (0, count)}
-    shards: list[Planned] = []
+    shards: list[PlannedShard] = []
     for split, (first, last) in splits.items():
         begin, used = (
             first,
@@ -78,7 +78,7 @@ def plan(
             used = int(ends[-1]) - closed
         if begin < last:
             cuts.append((begin, last))
-        shards += [Planned(split, number, *cut) for number, cut in enumerate(cuts)]
+        shards += [PlannedShard(split, number, *cut) for number, cut in enumerate(cuts)]
     return shards
 
 

@@ -18,31 +18,31 @@ from PIL import Image
 
 from pipeline import files as destination
 from pipeline.packing.fetch import fetch
-from pipeline.packing.listing import Entry
+from pipeline.packing.listing import ListedImage
 from pipeline.packing.prepare import Options, Rejected, prepare
 from pipeline.sources.index import BLOCK, Component, format_index
 
 PROGRESS: Any = None  # in a local worker: images and bytes done, a shared array that the bar reads
 
 
-class Item(NamedTuple):
-    """An image of a shard: its number in the listing, its entry, its label."""
+class PlannedImage(NamedTuple):
+    """An image of a shard: its number in the listing, what the listing says, the number of its class."""
 
     number: int
-    entry: Entry
+    image: ListedImage
     label: int | None
 
 
 class PackTask(NamedTuple):
     shard: str  # where the tar goes
     record: str  # where its record goes
-    items: list[Item]
+    images: list[PlannedImage]
     options: Options
 
 
 class HashTask(NamedTuple):
     output: str  # where the hashes go
-    entries: list[Entry]
+    images: list[ListedImage]
 
 
 class _Sink:
@@ -85,7 +85,7 @@ def pack(task: PackTask) -> int:
         destination.remove(task.shard)
         destination.remove(task.shard.removesuffix(".tar") + ".idx")
     destination.write(task.record, json.dumps(record).encode())
-    return len(task.items)
+    return len(task.images)
 
 
 def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Component]]]:
@@ -99,12 +99,12 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
     # TarWriter opens its tar as a stream in blocks of 10 kB and in PAX format: this one is USTAR, and twice as fast.
     writer.tarstream = tarfile.TarFile(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=1 << 20)  # type: ignore[arg-type,call-arg]
     with writer:
-        for item, contents in zip(task.items, fetch(item.entry for item in task.items)):
+        for planned, contents in zip(task.images, fetch(planned.image for planned in task.images)):
             try:
                 if isinstance(contents, Rejected):
                     raise contents
-                data, extension = prepare(contents[0], item.entry.name, task.options)
-                sample = {"__key__": sample_key(item), **_beside(item, contents[1:]), extension: data}
+                data, extension = prepare(contents[0], planned.image.name, task.options)
+                sample = {"__key__": sample_key(planned), **_other_members(planned, contents[1:]), extension: data}
                 writer.write(sample)
                 components = []
                 for name in sorted(sample.keys() - {"__key__"}):  # the writer's order
@@ -115,36 +115,36 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
                 image_bytes += len(data)
                 labels[sample.get("cls", b"").decode("ascii", "replace")] += 1
             except Rejected as why:
-                rejected.append({"name": item.entry.name, "reason": why.reason, "detail": why.detail})
-            _advance(item.entry)
+                rejected.append({"name": planned.image.name, "reason": why.reason, "detail": why.detail})
+            _advance(planned.image)
         if writer.tarstream.offset != position:
             raise RuntimeError(f"{task.shard}: the index says {position} bytes, the tar has {writer.tarstream.offset}")
     record = {"samples": len(index), "image_bytes": image_bytes, "labels": labels, "rejected": rejected}
     return record, index
 
 
-def _advance(entry: Entry) -> None:
+def _advance(image: ListedImage) -> None:
     if PROGRESS is not None:
         with PROGRESS.get_lock():
             PROGRESS[0] += 1
-            PROGRESS[1] += max(entry.size, 0)
+            PROGRESS[1] += max(image.size, 0)
 
 
-def _beside(item: Item, contents: list[bytes]) -> dict[str, Any]:
+def _other_members(planned: PlannedImage, contents: list[bytes]) -> dict[str, Any]:
     """What goes into the sample beside the image: its label, its columns, what a WebDataset sample brought along."""
-    parts = {name: data for (name, _, _), data in zip(item.entry.beside or (), contents)}
-    if item.label is not None:
-        parts["cls"] = str(item.label).encode()
-    if item.entry.columns:
-        parts["json"] = json.dumps(item.entry.columns, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    parts = {name: data for (name, _, _), data in zip(planned.image.sidecars or (), contents)}
+    if planned.label is not None:
+        parts["cls"] = str(planned.label).encode()
+    if planned.image.columns:
+        parts["json"] = json.dumps(planned.image.columns, ensure_ascii=False).encode("utf-8", "surrogateescape")
     return parts
 
 
-def sample_key(item: Item) -> str:
+def sample_key(planned: PlannedImage) -> str:
     """The image's number in the listing, so that it is unique, and its name in letters that every tar reader takes."""
-    stem = posixpath.basename(item.entry.name).rpartition(".")[0] or item.entry.name
+    stem = posixpath.basename(planned.image.name).rpartition(".")[0] or planned.image.name
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{9,}-", "", stem))  # not one number more with each packing
-    return f"{item.number:09d}-{stem[:64]}"
+    return f"{planned.number:09d}-{stem[:64]}"
 
 
 def hash_contents(task: HashTask) -> int:
@@ -153,9 +153,9 @@ def hash_contents(task: HashTask) -> int:
     What cannot be read is hashed by its name: it is no duplicate, and rejected when it is packed.
     """
     hashes = []
-    for entry, contents in zip(task.entries, fetch(task.entries)):
-        content = entry.name.encode("utf-8", "surrogateescape") if isinstance(contents, Rejected) else contents[0]
+    for image, contents in zip(task.images, fetch(task.images)):
+        content = image.name.encode("utf-8", "surrogateescape") if isinstance(contents, Rejected) else contents[0]
         hashes.append(xxhash.xxh3_128(content).digest())
-        _advance(entry)
+        _advance(image)
     destination.write(task.output, np.frombuffer(b"".join(hashes), np.uint64).tobytes())
-    return len(task.entries)
+    return len(task.images)

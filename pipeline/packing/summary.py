@@ -17,7 +17,7 @@ from pipeline import files as destination
 from pipeline.files import is_remote, local_path
 from pipeline.packing.collect import CONTACT_SHEET
 from pipeline.packing.listing import Listing
-from pipeline.packing.plan import Planned, duplicate_pairs
+from pipeline.packing.plan import PlannedShard, duplicate_pairs
 from pipeline.sources.index import image_rank
 from pipeline.sources.manifest import Manifest, Shard, save_manifest
 
@@ -26,7 +26,7 @@ CELL, CAPTION = 128, 16  # pixels
 
 
 def finish(
-    dest: str, records: str, state: Path, listing: Listing, shards: Sequence[Planned], seed: int
+    dest: str, records: str, journal: Path, listing: Listing, shards: Sequence[PlannedShard], seed: int
 ) -> dict[str, Any]:
     """Writes what belongs to the shards and returns the counts. ValueError when nothing could be packed."""
     reasons: Counter[str] = Counter()
@@ -49,7 +49,7 @@ def finish(
                 made[shard.split].append(Shard(file, record["samples"], record["bytes"], record["checksum"]))
     if not packed:
         raise ValueError(f"none of the {len(listing):,} images can be used; the first: {first}")
-    duplicates = _write_duplicates(dest, state, listing)
+    duplicates = _write_duplicates(dest, journal, listing)
     found, rejected = len(listing), reasons.total()
     if found != packed + rejected + duplicates:
         raise RuntimeError(f"found {found} != packed {packed} + rejected {rejected} + duplicates {duplicates}")
@@ -95,11 +95,11 @@ def _save_manifest(manifest: Manifest, place: str) -> None:
         here.unlink()
 
 
-def _write_duplicates(dest: str, state: Path, listing: Listing) -> int:
+def _write_duplicates(dest: str, journal: Path, listing: Listing) -> int:
     count = 0
-    if (state / "duplicates.bin").exists():
+    if (journal / "duplicates.bin").exists():
         with destination.writing(destination.join(dest, "duplicates.jsonl")) as lines:
-            for duplicate, original in duplicate_pairs(state):
+            for duplicate, original in duplicate_pairs(journal):
                 line = {"name": listing[duplicate].name, "same_as": listing[original].name}
                 lines.write(json.dumps(line).encode() + b"\n")
                 count += 1

@@ -19,7 +19,7 @@ import pytest
 from pipeline.make_shards import make_shards
 from pipeline.packing import fetch
 from pipeline.packing.collect import collect
-from pipeline.packing.listing import Entry, Found, Listing
+from pipeline.packing.listing import ListedImage, Listing, Survey
 from pipeline.packing.prepare import EXTENSIONS, Options, Rejected
 
 
@@ -305,7 +305,7 @@ def test_class_tars_side_by_side(imagenet: Path, image_folder: Path, tmp_path: P
 
 def test_tar_of_class_folders(shared_data: Path, tmp_path: Path) -> None:
     """CIFAR-10's tar holds test/CLASS/NAME.png."""
-    found = Found()
+    found = Survey()
     listing = Listing.write(
         tmp_path, collect(str(shared_data / "cifar10-test.tar"), found), found, classes=[], labels=True
     )
@@ -425,7 +425,9 @@ def test_answers_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is refused costs its image, and what comes after it stays with its own."""
     monkeypatch.setattr(fetch, "file_system", lambda _: (Server(), ""))
     names = ("a", "refused", "c")
-    entries = [Entry(f"http://x/{n}.tar", 10 * i, 5, "n", beside=[("cls", 10 * i + 5, 2)]) for i, n in enumerate(names)]
+    entries = [
+        ListedImage(f"http://x/{n}.tar", 10 * i, 5, "n", sidecars=[("cls", 10 * i + 5, 2)]) for i, n in enumerate(names)
+    ]
     answers = list(fetch.fetch(entries))
     assert [a.reason if isinstance(a, Rejected) else a for a in answers] == [
         [bytes(range(5)), bytes(range(5, 7))],
@@ -442,7 +444,7 @@ def test_zip_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         archive.writestr("small.jpg", bytes(10_000))
         archive.writestr("large.jpg", bytes(10_001))
     monkeypatch.setattr(fetch, "LARGEST_MEMBER", 10_000)
-    small, large = fetch.fetch(collect(str(tmp_path / "a.zip"), Found()))
+    small, large = fetch.fetch(collect(str(tmp_path / "a.zip"), Survey()))
     assert small == [bytes(10_000)]
     assert isinstance(large, Rejected) and "more than 10,000 bytes" in large.detail
 
@@ -450,7 +452,7 @@ def test_zip_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(1000))
     with pytest.raises(ValueError, match=r"a.tar: 100 bytes where 200 at 900 were asked for: it changed since"):
-        list(fetch.fetch([Entry(str(tmp_path / "a.tar"), 900, 200, "x.jpg")]))
+        list(fetch.fetch([ListedImage(str(tmp_path / "a.tar"), 900, 200, "x.jpg")]))
 
 
 def test_files_by_url(tmp_path: Path) -> None:
@@ -458,7 +460,7 @@ def test_files_by_url(tmp_path: Path) -> None:
     names = ("photo [1].jpg", "photo1.jpg", "what?.jpg", "*.jpg")
     for name in names:
         (tmp_path / name).write_text(name)
-    answers = fetch.fetch([Entry(f"local://{tmp_path}/{n}", -1, -1, "x.jpg") for n in (*names, "none.jpg", "")])
+    answers = fetch.fetch([ListedImage(f"local://{tmp_path}/{n}", -1, -1, "x.jpg") for n in (*names, "none.jpg", "")])
     told = [a.reason if isinstance(a, Rejected) else a for a in answers]
     assert told == [[name.encode()] for name in names] + ["no such file"] * 2
 
