@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.packing import shard as pack
+from pipeline.packing import shard
+from pipeline.sources.scan import hidden_main
 
 AHEAD = 2  # tasks that wait beyond those in work: enough to keep all workers busy, few enough to keep memory small
 LINE_EVERY = 10  # seconds, in a log file
@@ -22,7 +23,7 @@ LINE_EVERY = 10  # seconds, in a log file
 
 def warm_up() -> None:
     """Begins to import what workers need, in the process that they will be forked from, while this one works on."""
-    multiprocessing.set_forkserver_preload(["__main__", "pipeline.packing.shard", "webdataset"])
+    multiprocessing.set_forkserver_preload(["pipeline.packing.shard", "webdataset"])
     multiprocessing.forkserver.ensure_running()
 
 
@@ -54,7 +55,7 @@ def executor(workers: int, scheduler: str) -> Iterator[tuple[futures.Executor, i
 
 
 def _start_worker(progress: Any) -> None:
-    pack.PROGRESS = progress
+    shard.PROGRESS = progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def follow_parent() -> None:  # when that is killed without a word, its workers would wait for ever
@@ -80,7 +81,8 @@ def run(
         running: set[futures.Future[int]] = set()
         while True:
             while error is None and len(running) < count + AHEAD and (task := next(waiting, None)) is not None:
-                running.add(pool.submit(work, task))
+                with hidden_main():  # a worker starts when the first tasks are submitted
+                    running.add(pool.submit(work, task))
             if not running:
                 break
             finished, running = futures.wait(running, timeout=0.5, return_when=futures.FIRST_COMPLETED)

@@ -109,15 +109,17 @@ def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: 
         return
     # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with _no_main():
+        with hidden_main():
             results = map_ahead(pool, work, jobs)
         yield from track(results, len(jobs), what, progress)
 
 
 @contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """Spawned processes import their parent's main script. Ours need nothing of it, it may take seconds (torch), and
-    one without `if __name__ == "__main__"` would come here again in each of them and wait for its parent's lock."""
+def hidden_main() -> Iterator[None]:
+    """Processes that are started inside this block do not import the script that the user runs.
+
+    They need nothing of it, it may take seconds (torch), and a script without `if __name__ == "__main__"` would start
+    its own work again in each of them."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

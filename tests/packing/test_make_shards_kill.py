@@ -291,3 +291,21 @@ def test_no_scheduler_is_a_clear_error(image_folder: Path, tmp_path: Path) -> No
         timeout=60,
     )
     assert result.returncode == 2 and "no Dask scheduler answers at tcp://127.0.0.1:1" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard(image_folder: Path, tmp_path: Path) -> None:
+    """Workers that imported the script would start its packing again, each in itself, and the pool would break."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from pipeline.make_shards import make_shards\n"
+        "from pipeline.packing.prepare import Options\n"
+        f"Path({str(tmp_path / 'ran')!r}).open('a').write('x')\n"
+        f"make_shards({str(image_folder)!r}, {str(tmp_path / 'd')!r}, options=Options(), num_workers=2)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "packed                60" in result.stdout
+    assert (tmp_path / "ran").read_text() == "x"
