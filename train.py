@@ -26,12 +26,12 @@ from checkpoint import Writer
 from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo, Stats
 from recipe import Recipe
-from trainer import start, trackers
+from trainer import build, trackers
 from trainer.profiling import WARM_UP, Profile
 from trainer.resume import compare_recipes, gather_objects, load_newest, random_state, set_random_state
 from trainer.schedule import key_momentum, learning_rate
-from trainer.watch import Log, Window, memory_gb, norm, warnings_during
-from trainer.watchdog import CommonError, Stop, Watchdog, agree, control_group, die_with_launcher, rejoin
+from trainer.metrics import Log, Window, memory_gb, norm, warnings_during
+from trainer.watching import CommonError, Stop, Watchdog, agree, control_group, die_with_launcher, rejoin
 from transfer import curves
 
 
@@ -43,9 +43,9 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
     # --- data and model: what is wrong with them is found on all ranks, before the first step -------------------------
     problem, facts, notes = "", dict[str, Any](), list[str]()
     try:
-        start.check_options(r, ranks, device)
+        build.check_options(r, ranks, device)
         if rank == 0:
-            start.hold(out)
+            build.hold(out)
         notes += compare_recipes(out, r)
     except (ValueError, OSError) as error:
         problem = str(error)
@@ -55,16 +55,16 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
 
     try:
         phase("index")
-        sources = start.open_in_turn(r, rank, control)
+        sources = build.open_in_turn(r, rank, control)
         phase("start")
         source = sources[r.data]
-        loader = start.open_loader(r, source, rank, ranks, device)
+        loader = build.open_loader(r, source, rank, ranks, device)
         per_epoch = loader.steps_per_epoch
         planned = r.epochs * per_epoch or r.max_steps  # what the schedules are stretched over
         total = min(planned, r.max_steps or planned)
-        net = start.build_net(r, ranks)
-        dictionary = start.build_dictionary(r, net, ranks, source.samples, device)
-        monitor = start.build_monitor(r, sources, rank, ranks) if r.knn_every else None
+        net = build.build_net(r, ranks)
+        dictionary = build.build_dictionary(r, net, ranks, source.samples, device)
+        monitor = build.build_monitor(r, sources, rank, ranks) if r.knn_every else None
         facts = {"data fingerprint": source.fingerprint, "steps": total}
     except (ValueError, OSError) as error:
         problem = str(error)
@@ -99,7 +99,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         if rank < len(state["rng"]):
             set_random_state(state["rng"][rank], device)
     elif r.init:
-        start.begin_from(r.init, net, dictionary)
+        build.begin_from(r.init, net, dictionary)
     del state
     dictionary.check_ranks(net)
 
@@ -121,7 +121,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         if step < total:
             (out / "finished").unlink(missing_ok=True)
     writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
-    start.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
+    build.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
     if step >= total:
         log.say(f"nothing to do: the run is at step {step} of {total}; raise epochs or max_steps to train on")
 
@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     rejoin()
     try:
         trackers.check(r.trackers)
-        start.check_launcher()
+        build.check_launcher()
         accelerator = Accelerator(
             mixed_precision=r.precision if r.precision in ("bf16", "fp16") else "no",
             log_with=list(r.trackers) or None,
@@ -375,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         code, said = 2, str(error)
     except torch.OutOfMemoryError as error:
-        said = f"{str(error).splitlines()[0]} {start.what_to_lower(r, accelerator.num_processes)}"
+        said = f"{str(error).splitlines()[0]} {build.what_to_lower(r, accelerator.num_processes)}"
     except OSError as error:  # the disk of the run folder
         said = str(error)
     except Exception as error:

@@ -190,10 +190,10 @@ def torchvision_batches(
 
 def child_train(o: dict[str, Any]) -> dict[str, Any]:
     import train
-    from trainer import start
+    from trainer import build
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[o["precision"]]
-    real_loader = start.open_loader
+    real_loader = build.open_loader
 
     def open_loader(r: Any, source: Any, rank: int, ranks: int, device: torch.device) -> Any:
         if o["source"] == "shards":
@@ -206,7 +206,7 @@ def child_train(o: dict[str, Any]) -> dict[str, Any]:
             batches = torchvision_batches(images, r.batch_size, r.image_size, o["threads"], device, dtype)
         return Repeated(batches, source.samples // r.batch_size)
 
-    start.open_loader = open_loader
+    build.open_loader = open_loader
     with tempfile.TemporaryDirectory() as run:
         log_every = max(1, o["train_steps"] // (o["rounds"] + 2))
         flags = {

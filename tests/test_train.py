@@ -111,12 +111,12 @@ def test_a_signal_during_start_up_ends_the_run_before_its_first_step(
     (out / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')  # of a run killed before its first checkpoint
     patch = """
 import os, signal
-from trainer import start
-build = start.build_net
+from trainer import build
+build_net = build.build_net
 def told(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
-    return build(*arguments)
-start.build_net = told
+    return build_net(*arguments)
+build.build_net = told
 """
     assert runs.train(out, shards_dir, patch=patch) == [0], log_of(out).read_text()
     assert "SIGTERM: nothing trained yet" in log_of(out).read_text()
@@ -129,7 +129,7 @@ def test_a_run_folder_has_one_training_at_a_time(runs: Runs, shards_dir: Path, t
     out = tmp_path / "shared"
     first = runs.start(out, shards_dir, epochs=400, schedule="constant")
     wait_for_step(out, 3)
-    patch = "from trainer import start; start.IN_USE_SECONDS = 1"
+    patch = "from trainer import build; build.IN_USE_SECONDS = 1"
     assert runs.train(out, shards_dir, patch=patch) == [2], log_of(out).read_text()
     assert f"process {first[0]}: wait for its end, or give another --out" in log_of(out).read_text()
     second = runs.start(out, shards_dir, max_steps=1, epochs=400, schedule="constant")

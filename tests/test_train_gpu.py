@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 # Any synchronising call from the fourth step on is an error, but for the phases that are meant to.
 NO_SYNC = """
 import torch
-from trainer.watchdog import Watchdog
+from trainer.watching import Watchdog
 phase = Watchdog.phase
 def strict(self, name):
     quiet = self.step >= 3 and name not in ("log", "save", "knn")

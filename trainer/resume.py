@@ -13,7 +13,7 @@ import torch.distributed as dist
 import checkpoint
 import recipe as recipes
 from recipe import CHANGEABLE, Recipe
-from trainer.watchdog import CommonError
+from trainer.watching import CommonError
 
 PARTS = {"step", "encoder", "moco", "optimizer", "scaler", "loader", "rng", "metrics"}  # that continuing needs
 

@@ -34,7 +34,7 @@ from pipeline.pixels.views import MeanStd
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from transfer.load import default_resize, load_encoder
-from transfer.ranks import joined
+from trainer.joining import joined
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
 TEST_CHUNK = 1_024

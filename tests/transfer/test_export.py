@@ -21,7 +21,7 @@ from pipeline.sources.opening import open_source
 from transfer.export import export
 from transfer.linear import linear
 from transfer.load import load_encoder
-from transfer.ranks import Ranks
+from trainer.joining import Ranks
 
 SMALL = recipes.Recipe(arch="resnet18", dim=8, mlp=True, queue_size=24, batch_size=12, bn_groups=2, image_size=32)
 

@@ -86,7 +86,7 @@ SHARED_CLASSIFY = """
 import torch
 import torch.nn.functional as F
 from transfer import knn
-from transfer.ranks import joined
+from trainer.joining import joined
 
 torch.set_num_threads(1)
 knn.TRAIN_CHUNK, knn.TEST_CHUNK = 130, 64

@@ -24,7 +24,7 @@ from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from transfer import linear
 from transfer.load import LoadedEncoder
-from transfer.ranks import Ranks
+from trainer.joining import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL: dict[str, Any] = {"epochs": 5, "batch_size": 20, "num_threads": 1, "ranks": ALONE}

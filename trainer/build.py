@@ -25,7 +25,7 @@ from pipeline.pixels import views
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from recipe import Recipe
-from trainer.watch import Log, warnings_before
+from trainer.metrics import Log, warnings_before
 from transfer import knn
 
 IN_USE_SECONDS = 120  # how long a run folder's last training may take to end

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.watch import Log, Window, drop_lines_after, norm, warnings_before, warnings_during
+from trainer.metrics import Log, Window, drop_lines_after, norm, warnings_before, warnings_during
 
 CHANCE = math.log(65537)
 HEALTHY = {"step": 5000, "loss": 6.9, "accuracy": 0.6, "lr": 0.03}

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer import watchdog
-from trainer.watchdog import PATIENT, Stop, Watchdog, die_with_launcher
+from trainer import watching
+from trainer.watching import PATIENT, Stop, Watchdog, die_with_launcher
 
 
 def steps(dog: Watchdog, clock: list[float], count: int, seconds: float) -> None:
@@ -22,7 +22,7 @@ def steps(dog: Watchdog, clock: list[float], count: int, seconds: float) -> None
 def test_knn_and_saving_do_not_count_as_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five times the slowest step is waited for; after a kNN of ten minutes that must not be fifty."""
     clock = [0.0]
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watching.time, "monotonic", lambda: clock[0])
     dog = Watchdog(0, 1, 30.0)
     assert dog.allowance() == PATIENT
     dog.phase("index")
