@@ -27,12 +27,24 @@ from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo, Stats
 from recipe import Recipe
 from trainer import build, trackers
+from trainer.diagnosis import warnings_during
+from trainer.joining import (
+    CommonError,
+    check_ranks_agree,
+    control_group,
+    exit_with_launcher,
+    gather_objects,
+    rejoin,
+)
+from trainer.log import Log
+from trainer.metrics import Window, memory_gb, norm
 from trainer.profiling import WARM_UP, Profile
-from trainer.resume import compare_recipes, gather_objects, load_newest, random_state, set_random_state
+from trainer.resume import compare_recipes, load_newest, random_state, set_random_state
 from trainer.schedule import key_momentum, learning_rate
-from trainer.metrics import Log, Window, memory_gb, norm, warnings_during
-from trainer.watching import CommonError, Stop, Watchdog, agree, control_group, die_with_launcher, rejoin
+from trainer.signals import Stop
+from trainer.watching import Watchdog
 from transfer import curves
+from transfer.monitor import build_monitor
 
 
 def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog, stop: Stop) -> None:
@@ -45,17 +57,17 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
     try:
         build.check_options(r, ranks, device)
         if rank == 0:
-            build.hold(out)
+            build.lock_run_folder(out)
         notes += compare_recipes(out, r)
     except (ValueError, OSError) as error:
         problem = str(error)
     own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
     alike = {name: value for name, value in recipes.to_dict(r).items() if name not in own}
-    agree(alike | {"torch": torch.__version__}, problem, control)
+    check_ranks_agree(alike | {"torch": torch.__version__}, problem, control)
 
     try:
         phase("index")
-        sources = build.open_in_turn(r, rank, control)
+        sources = build.open_sources_rank0_first(r, rank, control)
         phase("start")
         source = sources[r.data]
         loader = build.open_loader(r, source, rank, ranks, device)
@@ -64,11 +76,11 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         total = min(planned, r.max_steps or planned)
         net = build.build_net(r, ranks)
         dictionary = build.build_dictionary(r, net, ranks, source.samples, device)
-        monitor = build.build_monitor(r, sources, rank, ranks) if r.knn_every else None
+        monitor = build_monitor(r, sources, rank, ranks) if r.knn_every else None
         facts = {"data fingerprint": source.fingerprint, "steps": total}
     except (ValueError, OSError) as error:
         problem = str(error)
-    agree(facts, problem, control)
+    check_ranks_agree(facts, problem, control)
 
     net.to(device).to(memory_format=torch.channels_last)
     dictionary.to(device).to(memory_format=torch.channels_last)
@@ -108,7 +120,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
             trackers.start(accelerator, r, step)
     except ValueError as error:
         problem = str(error)
-    agree({}, problem, control)
+    check_ranks_agree({}, problem, control)
     log = Log(out, step=step, total=total, enabled=rank == 0 and not r.profile)
     profile = None
     if r.profile:
@@ -151,7 +163,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         window.restart()
         return time.perf_counter() - began
 
-    def judge() -> None:
+    def evaluate_knn() -> None:
         assert monitor is not None
         phase("knn")
         accuracy = monitor(net, device, accelerator.autocast())
@@ -166,7 +178,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
     knn_steps = r.knn_every * per_epoch
     resumed_at_knn = knn_steps > 0 and step > 0 and step % knn_steps == 0 and not r.profile
     if resumed_at_knn and not gather_objects(log.has("knn", step), control)[0]:
-        judge()  # a kill in its middle had lost it: the checkpoint comes before it
+        evaluate_knn()  # a kill in its middle had lost it: the checkpoint comes before it
     saved, save_seconds, skipped = step, 0.0, 0
     while step < total and not stop.asked():
         watchdog.next_step(step)
@@ -209,7 +221,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
                     phase("loss")
                     loss, stats = moco.loss(q, keys)
                 else:
-                    keys, loss, stats = contrast_otherwise(dictionary, encoder, query, key, ids, phase)
+                    keys, loss, stats = ablation_forward(dictionary, encoder, query, key, ids, phase)
                 phase("backward")
                 accelerator.backward(loss / r.accumulate)
             seen.append(keys)
@@ -266,7 +278,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         if (step % r.save_every == 0 or step == total or keep_for_good or knn_due) and not r.profile:
             save_seconds, saved = save(), step
             if knn_due:
-                judge()
+                evaluate_knn()
 
     if profile is not None and step == total:
         print(profile.table(r.batch_size))
@@ -304,7 +316,7 @@ def passes_of(
     return passes + [(b, a, i) for a, b, i in passes] if symmetric else passes
 
 
-def contrast_otherwise(
+def ablation_forward(
     dictionary: EndToEnd | MemoryBank, encoder: nn.Module, query: Tensor, key: Tensor, ids: Tensor, phase: Any
 ) -> tuple[Tensor, Tensor, Stats]:
     """The forward pass of the paper's two other mechanisms (figure 2): what goes into it, loss, stats."""
@@ -339,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Ends the process with 2 when the user has to change something, with 1 when the run failed."""
     r = recipes.parse(arguments)
     stop = Stop()
-    die_with_launcher()
+    exit_with_launcher()
     torch.set_float32_matmul_precision("high" if r.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = r.precision != "fp32"
     rejoin()

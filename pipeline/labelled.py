@@ -75,12 +75,12 @@ def eval_batches(
             if len(samples.encoded):
                 yield with_view(samples)
 
-    def rescue(item: Item) -> Item:
-        return with_view(reader.rescue(item.samples, replace=False))
+    def decode_with_pillow(item: Item) -> Item:
+        return with_view(reader.decode_with_pillow(item.samples, replace=False))
 
     try:
         yield from _decoded(
-            items(), rescue, reader, storage, batch_size, image_size, mean_std, device, dtype, num_threads
+            items(), decode_with_pillow, reader, storage, batch_size, image_size, mean_std, device, dtype, num_threads
         )
     finally:
         if reader.bad:
@@ -133,11 +133,13 @@ def train_batches(
             yield with_view(reader.read(order.draw(epoch, within, rank, world_size)))
             step += 1
 
-    def rescue(item: Item) -> Item:
-        return with_view(reader.rescue(item.samples))
+    def decode_with_pillow(item: Item) -> Item:
+        return with_view(reader.decode_with_pillow(item.samples))
 
     share = batch_size // world_size
-    yield from _decoded(items(), rescue, reader, storage, share, image_size, mean_std, device, dtype, num_threads)
+    yield from _decoded(
+        items(), decode_with_pillow, reader, storage, share, image_size, mean_std, device, dtype, num_threads
+    )
 
 
 def read_labels(
@@ -162,7 +164,7 @@ def read_labels(
 
 def _decoded(
     items: Iterator[Item],
-    rescue: Callable[[Item], Item],
+    decode_with_pillow: Callable[[Item], Item],
     reader: Reader,
     storage: Storage,
     batch_size: int,
@@ -185,7 +187,7 @@ def _decoded(
             std=mean_std[1],
         )
 
-    decoding = Decoding(items, make_graph, rescue)
+    decoding = Decoding(items, make_graph, decode_with_pillow)
     try:
         while True:
             try:

@@ -99,7 +99,9 @@ class Loader:
     def __next__(self) -> Batch:
         started = time.perf_counter()
         if self._decoding is None:
-            self._decoding = Decoding(self._items(self._consumed), self._make_graph, self._rescue, self.prefetch)
+            self._decoding = Decoding(
+                self._items(self._consumed), self._make_graph, self._decode_with_pillow, self.prefetch
+            )
         try:
             item, (query, key) = self._decoding.next()
         except StopIteration:
@@ -138,8 +140,8 @@ class Loader:
         self._views_seconds += time.perf_counter() - started
         return Item(samples, tuple(rows))
 
-    def _rescue(self, item: Item) -> Item:
-        return self._with_views(self._reader.rescue(item.samples))
+    def _decode_with_pillow(self, item: Item) -> Item:
+        return self._with_views(self._reader.decode_with_pillow(item.samples))
 
     def _make_graph(self, feed: Any) -> Graph:
         mean, std = view_parameters.mean_std(self.views)

@@ -194,12 +194,12 @@ def test_a_kill_during_knn_does_not_cost_it(runs: Runs, shards_dir: Path, undist
     patch = f"""
 import os, time
 import checkpoint
-from transfer import knn
+from transfer import monitor
 def killed(*arguments, **options):
     while not checkpoint.list_steps({str(out)!r}):
         time.sleep(0.02)
     os._exit(9)
-knn.monitor = killed
+monitor.knn_accuracy = killed
 """
     assert runs.train(out, shards_dir, patch=patch, **options) == [9]
     assert checkpoint.list_steps(out) == [10]

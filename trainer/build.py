@@ -1,19 +1,14 @@
-"""What has to be there before the first step: options that work here, data, network, dictionary, monitor."""
+"""What has to be there before the first step: options that work here, data, network, dictionary."""
 
-import copy
 import fcntl
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from model import interchange
 from model.batchnorm import batchnorm_shortcut, split_batchnorm
@@ -25,8 +20,8 @@ from pipeline.pixels import views
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from recipe import Recipe
-from trainer.metrics import Log, warnings_before
-from transfer import knn
+from trainer.diagnosis import warnings_before
+from trainer.log import Log
 
 IN_USE_SECONDS = 120  # how long a run folder's last training may take to end
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -52,7 +47,7 @@ def check_launcher() -> None:
             )
 
 
-def hold(out: Path) -> None:
+def lock_run_folder(out: Path) -> None:
     """Makes the run folder this process's own until it ends: two trainings in one folder would drop each other's
     metrics and checkpoints. Waits for one that is about to end; ValueError when it does not.
     """
@@ -78,7 +73,7 @@ def hold(out: Path) -> None:
     os.pwrite(lock, f"on {socket.gethostname()}, process {os.getpid()}".encode(), 0)
 
 
-def open_in_turn(r: Recipe, rank: int, control: dist.ProcessGroup | None) -> dict[str, Source]:
+def open_sources_rank0_first(r: Recipe, rank: int, control: dist.ProcessGroup | None) -> dict[str, Source]:
     """Every source that the recipe names, by its name there. Rank 0 first: a missing index or manifest is built once,
     and then it is there.
     """
@@ -153,43 +148,6 @@ def build_dictionary(
         shuffle_bn=r.shuffle_bn,
         seed=r.seed,
     )
-
-
-def build_monitor(
-    r: Recipe, sources: dict[str, Source], rank: int, ranks: int
-) -> Callable[[nn.Module, torch.device, AbstractContextManager[Any]], float]:
-    """A function (net, device, autocast) -> kNN accuracy on knn_data, the same on all ranks. ValueError without
-    labels.
-    """
-    bank, val = sources[r.knn_train or r.data], sources[r.knn_data]
-    if not bank.classes:
-        raise ValueError(f"{r.knn_train or r.data} has no classes to vote with; give a labelled source as --knn_train")
-    if not val.classes:
-        raise ValueError(f"knn_data {r.knn_data} has no classes; give shards that were made from class folders")
-
-    def monitor(net: nn.Module, device: torch.device, autocast: AbstractContextManager[Any]) -> float:
-        # A copy with rank 0's batch-norm statistics, which are the ones in the checkpoint: each rank has its own, and
-        # the one that trains is not touched.
-        judged = copy.deepcopy(net)
-        if ranks > 1:
-            for buffer in judged.buffers():
-                dist.broadcast(buffer, src=0)
-        with autocast:
-            return knn.monitor(
-                judged,
-                bank,
-                val,
-                features=r.knn_features,
-                image_size=r.image_size,
-                mean_std=views.mean_std(r.views),
-                rank=rank,
-                world_size=ranks,
-                device=device,
-                num_threads=r.num_threads or None,
-                cache_dir=r.cache_dir or None,
-            )
-
-    return monitor
 
 
 def begin_from(path: str, net: Encoder, dictionary: MoCo | EndToEnd | MemoryBank) -> None:

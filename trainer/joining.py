@@ -1,9 +1,17 @@
-"""This process among those that torchrun or `accelerate launch` started; alone when nobody did."""
+"""Several processes as one run: how they find each other, and agree before the first step.
 
+The launchers' environment names the group: torchrun, `accelerate launch`, or launch/slurm.sbatch.
+"""
+
+import contextlib
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,3 +38,78 @@ def joined() -> Iterator[Ranks]:
     yield Ranks(rank, world_size, device)
     if world_size > 1:  # not after an error: NCCL would wait there for the other ranks, and hide it
         dist.destroy_process_group()
+
+
+class CommonError(ValueError):
+    """Raised alike on all ranks, so that one of them reports it."""
+
+
+def rejoin() -> None:
+    """Joins the ranks that torchrun restarted; to be called before the Accelerator, which then finds the group there.
+
+    torchrun keeps one store over its restarts and torch puts no attempt into its keys, so that restarted ranks would
+    look for each other at the addresses of the dead: "connectFullMesh failed, connection refused" (torch 2.15).
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
+def control_group() -> Any:
+    """A gloo group for messages between hosts that must not touch the GPU; None when there is one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    # The ranks wait here while rank 0 builds an index; for one that hangs there is the watchdog.
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def exit_with_launcher() -> None:
+    """Asks Linux for a SIGTERM when `accelerate launch` ends, which leaves its child behind when it is told to stop.
+    Not for other parents: a shell that somebody logs out of must not take a training with it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        program, *arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        if b"python" in program and any(b"accelerate" in argument for argument in arguments):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def check_ranks_agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) -> None:
+    """All ranks call it once set up. Raises CommonError on every rank when any of them met a `problem` or
+    when their `facts` differ, naming ranks and facts; without it they would hang in the first collective, or train on
+    different things.
+    """
+    if group is None:
+        everyone: list[Any] = [(facts, problem)]
+    else:
+        everyone = [None] * group.size()
+        dist.all_gather_object(everyone, (facts, problem), group=group)
+    problems = [(rank, text) for rank, (_, text) in enumerate(everyone) if text]
+    if problems:
+        rank, text = problems[0]
+        raise CommonError(text if len(problems) == len(everyone) else f"rank {rank}: {text}")
+    first = everyone[0][0]
+    lines = [
+        f"rank {rank} has {name} {other[name]!r}, rank 0 has {first[name]!r}"
+        for rank, (other, _) in enumerate(everyone)
+        for name in first
+        if other[name] != first[name]
+    ]
+    if lines:
+        raise CommonError("the ranks were not started alike: " + "; ".join(lines[:8]))
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's value, by rank."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

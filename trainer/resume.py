@@ -13,7 +13,7 @@ import torch.distributed as dist
 import checkpoint
 import recipe as recipes
 from recipe import CHANGEABLE, Recipe
-from trainer.watching import CommonError
+from trainer.joining import CommonError
 
 PARTS = {"step", "encoder", "moco", "optimizer", "scaler", "loader", "rng", "metrics"}  # that continuing needs
 
@@ -98,12 +98,3 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-
-
-def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's value, by rank."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values

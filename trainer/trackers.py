@@ -12,7 +12,7 @@ from typing import Any
 
 import recipe as recipes
 from recipe import Recipe
-from trainer.metrics import Log
+from trainer.log import Log
 
 
 def check(names: Sequence[str]) -> None:

@@ -1,9 +1,6 @@
-"""Several processes as one run: they agree before the first step, stop at the same step, and end together when one
-dies or hangs.
-"""
+"""The watchdog: every rank says where it is, and when one dies or hangs the others name it and end."""
 
 import contextlib
-import ctypes
 import faulthandler
 import math
 import os
@@ -14,125 +11,14 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 BEAT = 1.0  # seconds between two signs of life
 PATIENT = 1800.0  # seconds that start-up, kNN and saving may take
 UNHURRIED = ("start", "knn", "save")  # phases with that allowance
 
-
 Places = dict[int, tuple[int, int, str, str]]  # rank -> phases gone through, step, phase, host and process
-
-
-class CommonError(ValueError):
-    """Raised alike on all ranks, so that one of them reports it."""
-
-
-def rejoin() -> None:
-    """Joins the ranks that torchrun restarted; to be called before the Accelerator, which then finds the group there.
-
-    torchrun keeps one store over its restarts and torch puts no attempt into its keys, so that restarted ranks would
-    look for each other at the addresses of the dead: "connectFullMesh failed, connection refused" (torch 2.15).
-    """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
-    dist.init_process_group(
-        "gloo" if on_cpu else "nccl",
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-
-
-def control_group() -> Any:
-    """A gloo group for messages between hosts that must not touch the GPU; None when there is one process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    # The ranks wait here while rank 0 builds an index; for one that hangs there is the watchdog.
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
-
-
-def die_with_launcher() -> None:
-    """Asks Linux for a SIGTERM when `accelerate launch` ends, which leaves its child behind when it is told to stop.
-    Not for other parents: a shell that somebody logs out of must not take a training with it.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        program, *arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
-        if b"python" in program and any(b"accelerate" in argument for argument in arguments):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-
-
-def agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) -> None:
-    """All ranks call it once set up. Raises CommonError on every rank when any of them met a `problem` or
-    when their `facts` differ, naming ranks and facts; without it they would hang in the first collective, or train on
-    different things.
-    """
-    if group is None:
-        everyone: list[Any] = [(facts, problem)]
-    else:
-        everyone = [None] * group.size()
-        dist.all_gather_object(everyone, (facts, problem), group=group)
-    problems = [(rank, text) for rank, (_, text) in enumerate(everyone) if text]
-    if problems:
-        rank, text = problems[0]
-        raise CommonError(text if len(problems) == len(everyone) else f"rank {rank}: {text}")
-    first = everyone[0][0]
-    lines = [
-        f"rank {rank} has {name} {other[name]!r}, rank 0 has {first[name]!r}"
-        for rank, (other, _) in enumerate(everyone)
-        for name in first
-        if other[name] != first[name]
-    ]
-    if lines:
-        raise CommonError("the ranks were not started alike: " + "; ".join(lines[:8]))
-
-
-class Stop:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 to any rank: all of them leave the loop after the same step.
-
-    Made before anything slow: a signal during start-up ends the run at its first step, a second one then at once.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._begun = False
-        self._group: dist.ProcessGroup | None = None
-        self._flag = torch.zeros(1)
-        self._work: Any = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self._ask)
-
-    def begin(self, group: dist.ProcessGroup | None) -> None:
-        """From here on a second signal changes nothing: torchrun forwards the terminal's SIGINT that the rank already
-        got itself, and there is something to save.
-        """
-        self._group, self._begun = group, True
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.name and not self._begun:
-            os._exit(128 + number)
-        self.name = signal.Signals(number).name
-
-    def asked(self) -> bool:
-        """Call once a step. Each call sends this rank's wish and returns the ranks' common wish as of the call
-        before: no waiting, and no device involved.
-        """
-        if self._group is None:
-            return bool(self.name)
-        if self._work is not None:
-            self._work.wait()
-        stop = bool(self._flag.item())
-        self._flag = torch.tensor([float(bool(self.name))])
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return stop
 
 
 class Watchdog(threading.Thread):

@@ -13,28 +13,26 @@ the nearest among them, and the ranks' candidates are merged.
 """
 
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.labelled import eval_batches
 from pipeline.pixels.views import MeanStd
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
-from transfer.load import default_resize, load_encoder
 from trainer.joining import joined
+from transfer.load import default_resize, load_encoder
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
 TEST_CHUNK = 1_024
@@ -276,37 +274,6 @@ def evaluate(
     )
     accuracy = float((predictions == test_labels).double().mean())
     return {"knn": accuracy, "k": k, "train": total, "val": len(test_labels), "classes": largest + 1}
-
-
-@contextmanager
-def undisturbed(encoder: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's training flag and every random generator are exactly as they were."""
-    training = [(module, module.training) for module in encoder.modules()]
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is what must not move
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        encoder.eval()
-        try:
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-
-
-def monitor(
-    encoder: nn.Module,
-    train: Source,
-    val: Source,
-    *,
-    features: Literal["backbone", "head"] = "backbone",
-    **settings: Any,
-) -> float:
-    """kNN accuracy in the middle of training, which it leaves as it found it. `settings` are those of `evaluate`."""
-    with undisturbed(encoder):
-        embed = encoder if features == "head" else encoder.get_submodule("backbone")
-        return float(evaluate(embed, train, val, **settings)["knn"])
 
 
 def raw_pixels(images: Tensor) -> Tensor:

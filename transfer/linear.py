@@ -34,9 +34,9 @@ from pipeline.labelled import eval_batches, read_labels, train_batches
 from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
+from trainer.joining import Ranks, joined
 from transfer.knn import check_classes, counting
 from transfer.load import LoadedEncoder, default_resize, load_encoder, weights_hash
-from trainer.joining import Ranks, joined
 
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
 DECAY_AFTER = (0.6, 0.8)  # of the epochs

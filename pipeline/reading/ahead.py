@@ -28,7 +28,7 @@ class Item(NamedTuple):
     samples: Samples
     views: tuple[np.ndarray, ...]
     labels: np.ndarray | None = None
-    rescued: bool = False
+    by_pillow: bool = False
 
 
 class ReadAhead:
@@ -75,19 +75,20 @@ class ReadAhead:
 class Decoding:
     """Items in, (item, views on the device) out, in order.
 
-    make_graph(feed) builds the graph; rescue(item) gives an item's samples as files that cannot fail to decode. When
-    the graph raises RuntimeError it is replaced; the oldest batch in it goes through `rescue`, the others in again.
+    make_graph(feed) builds the graph. decode_with_pillow(item) gives an item's samples as files that cannot fail to
+    decode: when the graph raises RuntimeError it is replaced, the oldest batch in it goes through Pillow, and the
+    others go in again.
     """
 
     def __init__(
         self,
         items: Iterator[Item],
         make_graph: Callable[[Callable[[], tuple[Any, ...]]], Graph],
-        rescue: Callable[[Item], Item],
+        decode_with_pillow: Callable[[Item], Item],
         depth: int = 2,
     ) -> None:
         self.seconds = {"graph": 0.0, "starved": 0.0}
-        self._make_graph, self._rescue = make_graph, rescue
+        self._make_graph, self._decode_with_pillow = make_graph, decode_with_pillow
         self._ahead = ReadAhead(items, depth)
         self._again: deque[Item] = deque()
         self._inside: deque[Item] = deque()
@@ -132,11 +133,11 @@ class Decoding:
 
     def _recover(self, error: RuntimeError) -> None:
         waiting = [*self._inside, *self._again]
-        first = next((i for i, item in enumerate(waiting) if not item.rescued), None)
+        first = next((i for i, item in enumerate(waiting) if not item.by_pillow), None)
         if first is None:
             raise error
         log.warning("DALI could not decode a batch, Pillow decodes it: %s", " ".join(str(error).split())[:300])
-        waiting[first] = self._rescue(waiting[first])._replace(rescued=True)
+        waiting[first] = self._decode_with_pillow(waiting[first])._replace(by_pillow=True)
         self._graph.close()
         self._inside.clear()
         self._again = deque(waiting)

@@ -102,7 +102,7 @@ class Reader:
             self.seconds["screen"] += time.perf_counter() - fetched
             return samples
 
-    def rescue(self, samples: Samples, *, replace: bool = True) -> Samples:
+    def decode_with_pillow(self, samples: Samples, *, replace: bool = True) -> Samples:
         """The same samples with Pillow's pixels, for a batch that DALI could not decode; what Pillow cannot decode
         either is replaced or left out."""
         with self._lock:

@@ -204,7 +204,7 @@ def test_the_replacement_is_decoded_too(image_folder: Path, tmp_path: Path) -> N
     reader = Reader(source, Storage(), max_bad_fraction=1)
     samples = reader.read(draw_of_ids(source, np.array([2, 3])))
     assert samples.draw.sample_ids.tolist() == [2, 3]
-    assert reader.rescue(samples).draw.sample_ids.tolist() == [2, 5]
+    assert reader.decode_with_pillow(samples).draw.sample_ids.tolist() == [2, 5]
     assert set(reader.quarantine.reasons) == {3, 4}
 
 

@@ -30,7 +30,7 @@ def test_tensorboard_shows_each_step_once_whenever_the_run_was_killed(
         patch = f"""
 import os, signal, time
 import checkpoint
-from trainer.metrics import Log
+from trainer.log import Log
 write = Log.write
 def dying(self, values):
     write(self, values)

@@ -1,15 +1,11 @@
-"""The watchdog's arithmetic, and which signals are heard; its work among real ranks is in test_train_faults.py."""
+"""The watchdog's arithmetic; its work among real ranks is in test_train_faults.py."""
 
-import ctypes
 import math
-import os
-import signal
-from collections.abc import Iterator
 
 import pytest
 
 from trainer import watching
-from trainer.watching import PATIENT, Stop, Watchdog, die_with_launcher
+from trainer.watching import PATIENT, Watchdog
 
 
 def steps(dog: Watchdog, clock: list[float], count: int, seconds: float) -> None:
@@ -36,32 +32,3 @@ def test_knn_and_saving_do_not_count_as_slow_steps(monkeypatch: pytest.MonkeyPat
     assert dog.allowance() == 30.0
     steps(dog, clock, 2, 8.0)
     assert dog.allowance() == 40.0
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("handlers")
-def test_nohup_is_respected() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = Stop()
-    os.kill(os.getpid(), signal.SIGHUP)
-    assert not stop.asked()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    stop = Stop()
-    os.kill(os.getpid(), signal.SIGHUP)
-    assert stop.asked()
-
-
-def test_the_end_of_a_shell_is_not_the_end_of_the_run() -> None:
-    """Only `accelerate launch` takes its child with it; pytest and the shells before it are other parents."""
-    die_with_launcher()
-    number = ctypes.c_int(-1)
-    ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
-    assert number.value == 0

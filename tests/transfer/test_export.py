@@ -18,10 +18,10 @@ from model.interchange import read_moco
 from model.moco import MoCo
 from pipeline.labelled import eval_batches
 from pipeline.sources.opening import open_source
+from trainer.joining import Ranks
 from transfer.export import export
 from transfer.linear import linear
 from transfer.load import load_encoder
-from trainer.joining import Ranks
 
 SMALL = recipes.Recipe(arch="resnet18", dim=8, mlp=True, queue_size=24, batch_size=12, bn_groups=2, image_size=32)
 

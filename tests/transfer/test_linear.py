@@ -22,9 +22,9 @@ from model.encoders import build_encoder
 from pipeline.pixels.views import mean_std
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
+from trainer.joining import Ranks
 from transfer import linear
 from transfer.load import LoadedEncoder
-from trainer.joining import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL: dict[str, Any] = {"epochs": 5, "batch_size": 20, "num_threads": 1, "ranks": ALONE}

@@ -1,0 +1,126 @@
+"""What a run tells people and files: metrics.jsonl, the progress bar or plain lines, notes and
+warnings. Rank 0 speaks for all.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# A log file on a full disk or a terminal that is gone must not end a run.
+IGNORE_LOG_ERRORS = contextlib.suppress(OSError)
+
+
+class Log:
+    """metrics.jsonl, and the progress bar or, where the output goes elsewhere than to a terminal, a plain line every
+    ten seconds. On rank 0 only.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int, total: int, enabled: bool) -> None:
+        self.path, self.total, self.enabled, self.printed = run_dir / "metrics.jsonl", total, enabled, 0.0
+        self.said: set[str] = set()
+        self.bar: tqdm[Any] | None = None
+        if not enabled:
+            return
+        drop_lines_after(self.path, step)
+        if sys.stderr.isatty() and sys.stdout.isatty():  # `| tee log` gets the plain lines
+            shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"  # with the figures, 80 columns
+            self.bar = tqdm(total=total, initial=step, dynamic_ncols=True, bar_format=shape)
+
+    def step(self) -> None:
+        if self.bar is not None:
+            with IGNORE_LOG_ERRORS:
+                self.bar.update()
+
+    def write(self, values: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        # What is not finite (the gradient norm of a step that fp16 skipped) is no JSON.
+        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        line = json.dumps({k: _rounded(k, v) for k, v in values.items()}).encode() + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(end)  # half a line would spoil the next one
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:  # a full disk costs the line, not the run
+            self.warn({"metrics": f"cannot write {self.path}: {error}"})
+        if "loss" not in values:
+            return
+        step, wait, left = values["step"], values["data_wait"], _duration(values["seconds_left"])
+        shown = f"loss {values['loss']:.3f}  lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s"
+        if self.bar is not None:
+            with IGNORE_LOG_ERRORS:
+                self.bar.set_postfix_str(f"{shown}  wait {wait:.0%}  {left} left")
+        elif time.monotonic() - self.printed > 10 or step == self.total:
+            self.printed = time.monotonic()
+            where = f"step {step}/{self.total}  epoch {values['epoch']:.2f}"
+            self.say(f"{where}  {shown}  data wait {wait:.0%}  {left} left")
+
+    def has(self, field: str, step: int) -> bool:
+        """Whether metrics.jsonl has a value of this field at the step; rank 0's answer counts."""
+        if not self.enabled or not self.path.is_file():
+            return False
+        rows = map(json.loads, self.path.read_text().splitlines())
+        return any(row["step"] == step and field in row for row in rows)
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            with IGNORE_LOG_ERRORS:
+                tqdm.write(text, file=sys.stdout if self.bar is None else sys.stderr)
+                sys.stdout.flush()
+
+    def warn(self, found: dict[str, str]) -> None:
+        """kind -> text; each kind is said once in a process."""
+        for kind, text in found.items():
+            if self.enabled and kind not in self.said:
+                self.said.add(kind)
+                with IGNORE_LOG_ERRORS:
+                    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            with IGNORE_LOG_ERRORS:
+                self.bar.close()
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Removes what a killed run logged after its last checkpoint, and a line it did not finish: those steps come
+    again.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept))
+    beside.replace(path)
+
+
+def _rounded(name: str, value: Any) -> Any:
+    """Six digits are enough for people and plots; losses are written whole, so that two runs can be compared bit by
+    bit.
+    """
+    return float(f"{value:.6g}") if isinstance(value, float) and name not in ("loss", "lr") else value
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{s:02d} min"
