@@ -27,6 +27,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+from pipeline.command import command  # noqa: E402
 from transfer.curves import read_metrics, series  # noqa: E402 - as a script, its own folder is what is on the path
 
 MOMENTA = (0.0, 0.9, 0.99, 0.999, 0.9999)
@@ -282,8 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

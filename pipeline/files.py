@@ -1,11 +1,14 @@
 """Where shards go: a local folder or any fsspec URL. What is written there appears whole or not at all."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_remote(url: str) -> bool:
@@ -27,12 +30,24 @@ def join(place: str, name: str) -> str:
     return f"{place.rstrip('/')}/{name}"
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Adds the file or folder to the error of a full disk: the system names it when a file is opened, not when it is
+    written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """A reader sees the old file or the new one, whole, whatever dies when."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as f:
+        with naming(path), beside.open("wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
@@ -89,7 +104,7 @@ def remove(place: str) -> None:
 def writing(place: str) -> Iterator[BinaryIO]:
     """A file to write to, that becomes `place` when the block ends without an error."""
     if is_remote(place):
-        with tempfile.NamedTemporaryFile(prefix="make_shards-") as file:
+        with naming(tempfile.gettempdir()), tempfile.NamedTemporaryFile(prefix="make_shards-") as file:
             yield file  # type: ignore[misc]
             file.flush()
             fs, path = file_system(place)
@@ -98,7 +113,8 @@ def writing(place: str) -> Iterator[BinaryIO]:
     final = local_path(place)
     beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb", buffering=1 << 14) as local:  # images are larger: they are not copied once more
+        # Images are larger than the buffer: they are not copied once more.
+        with naming(final), beside.open("wb", buffering=1 << 14) as local:
             yield local
             local.flush()
             os.fsync(local.fileno())

@@ -8,7 +8,6 @@
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.command import command
 from pipeline.files import is_remote
 from pipeline.pixels import views as view_parameters
 from pipeline.pixels.graph import Graph
 from pipeline.pixels.screen import MAX_PIXELS
+from pipeline.progress import track
 from pipeline.reading.ahead import Decoding, Item
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader, Samples
@@ -251,7 +252,6 @@ def usual_threads() -> int:
 
 def main() -> None:
     from jsonargparse import ArgumentParser
-    from tqdm import tqdm
 
     parser = ArgumentParser(
         prog="python -m pipeline.loader",
@@ -280,7 +280,7 @@ def main() -> None:
     next(batches)  # not part of the time: the graph is built, kernels are compiled, indexes are read
     loader.timings()
     began, processor = time.perf_counter(), time.process_time()
-    for _ in tqdm(range(steps), unit="batch", disable=not sys.stderr.isatty()):
+    for _ in track(range(steps), "loading", steps, unit="batches"):
         next(batches)
     if options["device"] != "cpu":
         torch.cuda.synchronize()
@@ -296,8 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -10,7 +10,6 @@
 5. Finish: found = packed + rejected + duplicates; manifest, lists, contact sheet, table (`pipeline.packing.summary`).
 """
 
-import errno
 import glob
 import json
 import os
@@ -30,6 +29,7 @@ import xxhash
 from jsonargparse import ArgumentParser
 
 from pipeline import files as destination
+from pipeline.command import command
 from pipeline.files import is_remote, local_path
 from pipeline.packing import lists, workers
 from pipeline.packing.collect import SUMMARY, collect
@@ -48,6 +48,7 @@ from pipeline.packing.plan import PlannedShard, find_duplicates, image_numbers, 
 from pipeline.packing.prepare import Options
 from pipeline.packing.shard import HashTask, PackTask, PlannedImage, hash_contents, pack
 from pipeline.packing.summary import finish, table
+from pipeline.progress import track
 from pipeline.sources.card import is_pattern
 from pipeline.sources.remote import reason
 
@@ -95,9 +96,8 @@ def make_shards(
         images = collect(src, survey, exclude=dest)
         if labels not in ("auto", "none"):
             images = lists.labelled(images, labels)
-        with workers.bar("listing", images) as counted:
-            names = lists.class_names(classes) if classes else []
-            listing = Listing.write(folder, counted, survey, classes=names, labels=labels != "none")
+        names = lists.class_names(classes) if classes else []
+        listing = Listing.write(folder, track(images, "listing"), survey, classes=names, labels=labels != "none")
         if not len(listing):
             others = ", ".join(f"{count} {kind}" for kind, count in survey.ignored.most_common(5))
             remedy = "; archives in folders of it are not opened: name their folder" if survey.ignored["tar"] else ""
@@ -192,7 +192,7 @@ def _digest(place: str) -> str:
     return f"{place} {xxhash.xxh3_64_hexdigest(destination.read(where))}"
 
 
-def main() -> int:
+def main() -> None:
     parser = ArgumentParser(prog="make_shards", description="Images -> WebDataset tar shards, their index, a manifest.")
     parser.add_argument(
         "src", type=str, help="folder, list (.txt .csv .tsv .parquet), .tar, .zip, shards ('old/*.tar'), or a URL"
@@ -222,43 +222,33 @@ def main() -> int:
     given = vars(parser.parse_args())
     fields = ("no_verify", "max_pixels", "min_side", "short_side", "quality", "convert")
     options = Options(**{name: given.pop(name) for name in fields})
+    if not given["src"] or not given["dest"]:
+        raise ValueError("SRC and DEST may not be empty: an unset variable?")  # it would be this folder
+    for name, value in (given | asdict(options)).items():
+        least = 1 if name in ("samples_per_shard", "shard_bytes", "max_pixels") else 0
+        if name not in ("seed", "holdout") and isinstance(value, int) and value < least:
+            raise ValueError(f"--{name} {value}: at least {least}")
+    if not 1 <= options.quality <= 100:
+        raise ValueError(f"--quality {options.quality}: from 1 to 100")
+    if not (0 <= given["holdout"] < 1 or (given["holdout"] >= 1 and given["holdout"].is_integer())):
+        raise ValueError(f"--holdout {given['holdout']:g}: a fraction below 1, or a number of images")
+    if options.no_verify:
+        print("--no_verify: damaged images are packed; each will cost a sample in training", file=sys.stderr)
+    places = [place for place in (given["src"], given["dest"]) if is_remote(place)]
+    disk = tempfile.gettempdir() if is_remote(given["dest"]) else given["dest"]  # an upload is written there first
     try:
-        if not given["src"] or not given["dest"]:
-            raise ValueError("SRC and DEST may not be empty: an unset variable?")  # it would be this folder
-        for name, value in (given | asdict(options)).items():
-            least = 1 if name in ("samples_per_shard", "shard_bytes", "max_pixels") else 0
-            if name not in ("seed", "holdout") and isinstance(value, int) and value < least:
-                raise ValueError(f"--{name} {value}: at least {least}")
-        if not 1 <= options.quality <= 100:
-            raise ValueError(f"--quality {options.quality}: from 1 to 100")
-        if not (0 <= given["holdout"] < 1 or (given["holdout"] >= 1 and given["holdout"].is_integer())):
-            raise ValueError(f"--holdout {given['holdout']:g}: a fraction below 1, or a number of images")
-        if options.no_verify:
-            print("--no_verify: damaged images are packed; each will cost a sample in training", file=sys.stderr)
-        make_shards(options=options, num_workers=given.pop("workers"), **given)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(130)  # without waiting for the shards in work; workers end with their parent
-    except (ValueError, OSError) as error:
-        remedy = ""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            disk = tempfile.gettempdir() if is_remote(given["dest"]) else given["dest"]  # what is uploaded lies there
-            remedy = f" ({disk}): make room, then the same command goes on where this one stopped"
-        print(f"error: {error}{remedy}", file=sys.stderr)
-        return 2
-    except Exception as error:  # of no credentials, no network, each file system behind a URL has its own kinds
-        places = [place for place in (given["src"], given["dest"]) if is_remote(place)]
-        if not places or isinstance(error, RuntimeError):
+        with destination.naming(disk):
+            make_shards(options=options, num_workers=given.pop("workers"), **given)
+    except (ValueError, OSError, RuntimeError):
+        raise
+    except Exception as error:  # each file system behind a URL has its own kinds
+        if not places:
             raise
-        print(
-            f"error: {' -> '.join(places)}: {reason(error)}; check address, network and credentials, then the same "
-            "command goes on where this one stopped",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+        raise OSError(
+            f"{' -> '.join(places)}: {reason(error)}; check address, network and credentials, then the same command "
+            "goes on where this one stopped"
+        ) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main, resumes=True)

@@ -4,10 +4,10 @@
 """
 
 import os
-import sys
 
 from jsonargparse import ArgumentParser
 
+from pipeline.command import command
 from pipeline.sources.check import Expected, check_shards, fresh_storage
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
@@ -15,7 +15,7 @@ from pipeline.sources.opening import open_source
 __all__ = ["Source", "open_source"]
 
 
-def run() -> int:
+def main() -> int:
     """The command, to its exit code."""
     parser = ArgumentParser(
         prog="python -m pipeline.manifest", description="Print what a data source holds, or check it."
@@ -74,13 +74,5 @@ def _table(source: Source) -> str:
     return "\n".join([*lines, f"order: {lanes}, each shuffling {chunk}; fingerprint {source.fingerprint}"])
 
 
-def main() -> None:
-    try:
-        sys.exit(run())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    command(main)

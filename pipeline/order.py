@@ -1,7 +1,8 @@
 """Prints which samples a step holds: `python -m pipeline.order --data D --batch_size B --start T --steps N`."""
 
 import json
-import sys
+
+from pipeline.command import command
 
 
 def main() -> None:
@@ -39,8 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -6,13 +6,13 @@ The samples and views are those of the first step of `--epoch` of a run with thi
 """
 
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pipeline.command import command
 from pipeline.pixels.graph import Graph
 from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
 from pipeline.reading.order import make_order
@@ -127,8 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

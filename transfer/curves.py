@@ -3,9 +3,10 @@ runs/photos/curves.png."""
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
+
+from pipeline.command import command
 
 PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
     ("loss", "loss"),
@@ -97,8 +98,4 @@ def main(run: Path, output: Path | None = None) -> None:
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    try:
-        auto_cli(main)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(lambda: auto_cli(main))

@@ -1,6 +1,5 @@
 """The encoder of a run for use elsewhere: torchvision's names, or a file of the reference MoCo code's layout."""
 
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from model.interchange import read_moco, write_moco
+from pipeline.command import command
 from transfer.load import LoadedEncoder, load_encoder, weights_hash
 
 
@@ -79,8 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -7,7 +7,6 @@ labels, neighbours of the query's class have a green frame, the others a red one
 """
 
 import io
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from pipeline.command import command
 from pipeline.reading.order import draw_of_ids
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source
@@ -169,8 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

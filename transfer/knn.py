@@ -15,8 +15,7 @@ the nearest among them, and the ranks' candidates are merged.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -25,10 +24,11 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
+from pipeline.command import command
 from pipeline.labelled import eval_batches
 from pipeline.pixels.views import MeanStd
+from pipeline.progress import Progress
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
@@ -81,7 +81,7 @@ def extract(
     labels = torch.empty(capacity, dtype=torch.int64)
     sample_ids = torch.empty(capacity, dtype=torch.int64)
     n = 0
-    with torch.no_grad(), counting(progress if rank == 0 else "", capacity) as advance:
+    with torch.no_grad(), Progress(progress if rank == 0 else "", capacity) as shown:
         for batch in batches:
             y = F.normalize(embed(batch.images).float(), dim=1)[: capacity - n]  # [b, D]
             if features is None:
@@ -89,31 +89,12 @@ def extract(
             m = n + len(y)
             features[n:m], labels[n:m], sample_ids[n:m] = y.cpu(), batch.labels[: len(y)], batch.sample_ids[: len(y)]
             n = m
-            advance(len(y))
+            shown.advance(len(y))
             if n == capacity and limit is not None:
                 break
     if features is None:
         raise ValueError(f"rank {rank} of {world_size} got no image of {source.samples}; use fewer ranks")
     return features[:n], labels[:n], sample_ids[:n]
-
-
-@contextmanager
-def counting(label: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, a line every ten seconds elsewhere, nothing without a label."""
-    if not label or sys.stderr.isatty():
-        with tqdm(total=total, desc=label, unit="img", disable=not label) as bar:
-            yield lambda n: bar.update(n)
-        return
-    done, printed = 0, time.monotonic()
-
-    def advance(n: int) -> None:
-        nonlocal done, printed
-        done += n
-        if time.monotonic() - printed > 10:
-            printed = time.monotonic()
-            print(f"{label}: {done}/{total} images", file=sys.stderr, flush=True)
-
-    yield advance
 
 
 def nearest(train: Tensor, test: Tensor, k: int, *, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
@@ -354,8 +335,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

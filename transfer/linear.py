@@ -29,13 +29,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+from pipeline.command import command
 from pipeline.files import write_atomically
 from pipeline.labelled import eval_batches, read_labels, train_batches
+from pipeline.progress import Progress
 from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.joining import Ranks, joined
-from transfer.knn import check_classes, counting
+from transfer.knn import check_classes
 from transfer.load import LoadedEncoder, default_resize, load_encoder, weights_hash
 
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
@@ -168,8 +170,9 @@ def linear(
         began = time.monotonic()
         for group, lr in zip(optimizer.param_groups, lrs):
             group["lr"] = lr * decay(epoch, epochs)
-        with counting(f"epoch {epoch + 1}/{epochs}" if progress and rank == 0 else "", steps * batch_size) as advance:
-            fitted = train_epoch(model, optimizer, embed, batches, steps, lambda n: advance(n * world_size))
+        label = f"epoch {epoch + 1}/{epochs}" if progress and rank == 0 else ""
+        with Progress(label, steps * batch_size) as shown:
+            fitted = train_epoch(model, optimizer, embed, batches, steps, lambda n: shown.advance(n * world_size))
         central = eval_batches(val, resize=default_resize(size), batch_size=max(1, batch_size // world_size), **common)
         counts = validate(heads, embed, central, device)
         if world_size > 1:
@@ -201,10 +204,10 @@ def decay(epoch: int, epochs: int) -> float:
 def largest_label(source: Source, name: str, ranks: Ranks, cache_dir: str | None, progress: bool) -> int:
     """Over all ranks. Raises ValueError when an image has no label, on all of them."""
     low, high = 0, 0
-    with counting(f"{name} labels" if progress and ranks.rank == 0 else "", source.samples) as advance:
+    with Progress(f"{name} labels" if progress and ranks.rank == 0 else "", source.samples, unit="labels") as shown:
         for labels in read_labels(source, rank=ranks.rank, world_size=ranks.world_size, cache_dir=cache_dir):
             low, high = min(low, int(labels.min())), max(high, int(labels.max()))
-            advance(len(labels) * ranks.world_size)
+            shown.advance(len(labels) * ranks.world_size)
     if ranks.world_size > 1:
         both = torch.tensor([-low, high], device=ranks.device)
         dist.all_reduce(both, dist.ReduceOp.MAX)
@@ -276,8 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -12,7 +12,6 @@ import collections
 import html
 import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
 import recipe as recipes
+from pipeline.command import command
 from pipeline.preview import preview
 from pipeline.sources.opening import open_source
 from recipe import Recipe
@@ -285,8 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -6,19 +6,16 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from pipeline.packing import shard
+from pipeline.progress import Progress
 from pipeline.sources.scan import hidden_main
 
 AHEAD = 2  # tasks that wait beyond those in work: enough to keep all workers busy, few enough to keep memory small
-LINE_EVERY = 10  # seconds, in a log file
 
 
 def warm_up() -> None:
@@ -76,7 +73,7 @@ def run(
     """
     waiting = iter(tasks)
     error: BaseException | None = None
-    with executor(workers, scheduler) as (pool, count, progress), bar(what, total=total, done=done) as shown:
+    with executor(workers, scheduler) as (pool, count, counters), Progress(what, total, done=done) as progress:
         start, finished_images = time.monotonic(), 0
         running: set[futures.Future[int]] = set()
         while True:
@@ -91,12 +88,11 @@ def run(
                     error = error or problem
                 else:
                     finished_images += future.result()
-            if progress is None:
-                shown.update(done + finished_images - shown.n)
+            if counters is None:
+                progress.advance(done + finished_images - progress.done)
             else:
-                speed = progress[1] / 1e6 / (time.monotonic() - start)
-                shown.set_postfix_str(f"{speed:.1f} MB/s", refresh=False)
-                shown.update(done + progress[0] - shown.n)
+                progress.note = f"{counters[1] / 1e6 / (time.monotonic() - start):.1f} MB/s"
+                progress.advance(done + counters[0] - progress.done)
     if isinstance(error, futures.BrokenExecutor):
         raise ValueError(
             "a worker process died, perhaps for lack of memory: the same command goes on where it stopped, "
@@ -104,35 +100,3 @@ def run(
         ) from error
     if error is not None:
         raise error
-
-
-class _Lines:
-    """Where nobody watches (a log file), a bar becomes a line now and then."""
-
-    last = ""
-
-    def write(self, text: str) -> None:
-        if (line := text.strip()) and line != self.last:
-            print(line, file=sys.stderr)
-            self.last = line
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def bar(what: str, things: Iterable[Any] | None = None, total: int | None = None, done: int = 0) -> Any:
-    """Images done, images/s and the time left, on standard error."""
-    watched = sys.stderr.isatty()
-    return tqdm(
-        things,
-        desc=what,
-        total=total,
-        initial=done,
-        unit=" images",
-        dynamic_ncols=watched,
-        ncols=None if watched else 100,
-        mininterval=0.5 if watched else LINE_EVERY,
-        delay=0 if watched else LINE_EVERY,  # nothing at all of what is done before
-        ascii=not watched,
-        file=None if watched else _Lines(),
-    )

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.files import is_remote
+from pipeline.progress import track
 from pipeline.sources.index import image_rank, index_tar, read_index
-from pipeline.sources.scan import FETCHES, checksum_of, in_processes, map_ahead, track
+from pipeline.sources.scan import FETCHES, checksum_of, in_processes, map_ahead
 from pipeline.sources.storage import Storage
 
 PIXEL_LIMIT = 256_000_000
@@ -53,7 +54,8 @@ def check_shards(shards: Sequence[Expected], storage: Storage, *, workers: int, 
     if any(is_remote(s.tar) for s in shards):
         with ThreadPoolExecutor(FETCHES) as pool:
             results = map_ahead(pool, partial(_check, storage), shards)
-            yield from itertools.chain.from_iterable(track(results, len(shards), "checking", progress))
+            faults = track(results, "checking" if progress else "", len(shards), unit="shards")
+            yield from itertools.chain.from_iterable(faults)
     else:
         yield from itertools.chain.from_iterable(in_processes(_check_local, shards, "checking", workers, progress))
 

@@ -3,9 +3,8 @@
 import contextlib
 import multiprocessing
 import sys
-import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from pipeline.files import is_remote, local_path, write_atomically
+from pipeline.progress import track
 from pipeline.sources.index import Component, NoImages, format_index, image_rank, index_tar
 from pipeline.sources.storage import Storage
 
@@ -47,7 +46,7 @@ def index_shards(
     if any(is_remote(tar) for tar in tars):
         with ThreadPoolExecutor(FETCHES) as pool:
             results = map_ahead(pool, partial(_index_remote, storage), jobs)
-            yield from track(results, len(jobs), "indexing", progress)
+            yield from track(results, "indexing" if progress else "", len(jobs), unit="shards")
     else:
         yield from in_processes(_index_local, jobs, "indexing", workers, progress)
 
@@ -103,15 +102,16 @@ def checksum_of(data: np.ndarray) -> str:
 
 
 def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: int, progress: bool) -> Iterator[R]:
+    label = what if progress else ""
     workers = min(workers, len(jobs) // 4)  # a process costs half a second to start, a shard some tens of milliseconds
     if workers < 2:
-        yield from track(map(work, jobs), len(jobs), what, progress)
+        yield from track(map(work, jobs), label, len(jobs), unit="shards")
         return
     # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         with hidden_main():
             results = map_ahead(pool, work, jobs)
-        yield from track(results, len(jobs), what, progress)
+        yield from track(results, label, len(jobs), unit="shards")
 
 
 @contextlib.contextmanager
@@ -141,24 +141,3 @@ def map_ahead(pool: Executor, work: Callable[[T], R], jobs: Sequence[T]) -> Iter
                 future.cancel()
 
     return results()
-
-
-def track(results: Iterable[R], total: int, what: str, show: bool) -> Iterator[R]:
-    """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
-    if not show or not total:
-        yield from results
-        return
-    if sys.stderr.isatty():
-        yield from tqdm(results, total=total, desc=what, unit="shard")
-        return
-    started = printed = time.monotonic()
-    for done, result in enumerate(results, 1):
-        yield result
-        now = time.monotonic()
-        if now - printed > 10 or (done == total and now - started > 10):
-            print(
-                f"{what}: {done:,} of {total:,} shards, {done / (now - started):.1f} a second",
-                file=sys.stderr,
-                flush=True,
-            )
-            printed = now

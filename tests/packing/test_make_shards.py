@@ -23,6 +23,8 @@ from PIL import Image, ImageCms, ImageDraw
 
 from pipeline import files as destination
 from pipeline import make_shards as entry_point
+from pipeline import progress
+from pipeline.command import command
 from pipeline.make_shards import make_shards
 from pipeline.packing import plan, workers
 from pipeline.packing import prepare as verify
@@ -458,7 +460,8 @@ def test_errors_of_file_systems_are_one_line(
 
     monkeypatch.setattr(destination, "names", refuse)
     monkeypatch.setattr(sys, "argv", ["make_shards", str(image_folder), "local:///nowhere/d"])
-    assert entry_point.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(entry_point.main, resumes=True)
     error = capsys.readouterr().err
     assert error.startswith(
         "error: local:///nowhere/d: NoCredentialsError: Unable to locate credentials; check address"
@@ -476,15 +479,15 @@ def test_progress_in_a_log_file(
         for entry in collect(*arguments, **more):
             time.sleep(0.005)
             yield entry
-        workers.LINE_EVERY = 1e-6  # packing so few may take less than a tenth of a second
+        progress.LINE_EVERY = 1e-6  # packing so few may take less than a tenth of a second
 
     monkeypatch.setattr(entry_point, "collect", slowly)
-    monkeypatch.setattr(workers, "LINE_EVERY", 0.1)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
     make(image_folder, tmp_path / "slow", samples_per_shard=5)
     lines = capsys.readouterr().err.splitlines()
-    listing = [line for line in lines if re.fullmatch(r"listing: \d+ images \[00:\d\d, .*images.*\]", line)]
+    listing = [line for line in lines if re.fullmatch(r"listing: \d+ images, \d+ a second", line)]
     assert len(listing) >= 2 and listing[-1].startswith("listing: 60 images")
-    packing = [line for line in lines if re.match(r"packing: .* \d+/60 \[.*images.* MB/s\]", line)]
+    packing = [line for line in lines if re.match(r"packing: \d+ of 60 images, .* a second, .*\d MB/s", line)]
     assert packing and len(listing) + len(packing) == len(lines) == len(set(lines))
 
 
@@ -517,7 +520,8 @@ def test_errors_are_one_line_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/notes.md").write_text("no image")
     monkeypatch.setattr(sys, "argv", ["make_shards", str(tmp_path / source), str(tmp_path / "d"), *flags])
-    assert entry_point.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        command(entry_point.main, resumes=True)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and re.match(f"error: .*{message}", lines[0]), lines
     assert not list((tmp_path / "d").glob("*")) or source == "folder"

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from pipeline import make_shards as entry_point
+from pipeline.command import command as end_by
 from pipeline.make_shards import make_shards
 from pipeline.packing.prepare import Options
 
@@ -211,7 +212,8 @@ def test_unwritable(
     (tmp_path / "file").write_text("in the way")
     for dest in (tmp_path / "file/d", Path("/proc/nothing/d")):
         monkeypatch.setattr(sys, "argv", ["make_shards", str(image_folder), str(dest)])
-        assert entry_point.main() == 2
+        with pytest.raises(SystemExit, match="2"):
+            end_by(entry_point.main, resumes=True)
         error = capsys.readouterr().err
         assert error.startswith("error: [Errno") and str(dest.parent) in error and "Traceback" not in error
 

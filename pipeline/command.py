@@ -1,0 +1,75 @@
+"""How every command ends: with 0 after success alone, otherwise with one line on standard error that says what to do.
+
+if __name__ == "__main__":
+    command(main)
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from pipeline.files import DISK_FULL
+
+SAME_COMMAND = "the same command goes on where this one stopped"
+
+
+def command(main: Callable[[], int | None], *, resumes: bool = False) -> NoReturn:
+    """Runs `main` and ends the process with the code that it returns (None: 0).
+
+    Exit code 2 and one line for what the user can change: ValueError, OSError, no memory. 130 and one line for Ctrl-C,
+    without waiting for threads and workers. 141, silently, when the reader of standard output has gone (`| head`). Any
+    other exception is a mistake of this program: traceback, exit code 1. `resumes`: the same command goes on where an
+    earlier one stopped, which the line then says.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()  # here, where a full disk behind `> file` can still be reported
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _say(f"interrupted: {SAME_COMMAND}" if resumes else "interrupted")
+        _flush_or_drop()
+        os._exit(130)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            code = 128 + signal.SIGPIPE
+        else:
+            code = 2
+            _say(f"error: {explain(error, resumes=resumes)}")
+    except Exception as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        code = 2
+        _say(f"error: out of memory: {explain(error)}")
+    _flush_or_drop()
+    sys.exit(code)
+
+
+def explain(error: BaseException, *, resumes: bool = False) -> str:
+    """The error on one line, with the remedy when a disk is full."""
+    text = " ".join(str(error).splitlines()) or type(error).__name__
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        text += f": make room, then {SAME_COMMAND if resumes else 'run the same command again'}"
+    return text
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(line, file=sys.stderr, flush=True)
+
+
+def _nobody_reads() -> bool:
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush_or_drop() -> None:
+    """Python flushes standard output once more when it ends, and a second failure there would change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
