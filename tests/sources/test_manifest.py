@@ -352,7 +352,7 @@ def test_check_asks_the_place_not_the_cache(folder: Path, capsys: pytest.Capture
     for faults in ("0 faults", "1 fault"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", arguments)
-            assert manifest.run() == (faults != "0 faults")
+            assert manifest.main() == (faults != "0 faults")
         output = capsys.readouterr().out
         assert (
             f"checked 4 shards, 60 samples: {faults}" in output and "4 lanes, each shuffling all its shards" in output
