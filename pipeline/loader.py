@@ -18,8 +18,8 @@ import torch
 from pipeline.command import command
 from pipeline.files import is_remote
 from pipeline.pixels import views as view_parameters
+from pipeline.pixels.decode import MAX_PIXELS
 from pipeline.pixels.graph import Graph
-from pipeline.pixels.screen import MAX_PIXELS
 from pipeline.progress import track
 from pipeline.reading.ahead import Decoding, Item
 from pipeline.reading.order import make_order

@@ -5,14 +5,14 @@
 The samples and views are those of the first step of `--epoch` of a run with this seed and recipe.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.command import command
+from pipeline.pixels.decode import picture
 from pipeline.pixels.graph import Graph
 from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
 from pipeline.reading.order import make_order
@@ -78,7 +78,7 @@ def preview(
     font = ImageFont.load_default(13)
     for i in range(count):
         top = GAP + i * (CELL + PRINT + GAP)
-        original = ImageOps.exif_transpose(Image.open(io.BytesIO(samples.encoded[i].tobytes()))).convert("RGB")
+        original = picture(samples.encoded[i])
         scale = CELL / max(original.size)
         shown = original.resize([max(1, round(side * scale)) for side in original.size])
         for view, colour in enumerate(COLOURS):

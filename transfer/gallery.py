@@ -6,7 +6,6 @@ A row is one query and then its neighbours, the nearest first, with similarity a
 labels, neighbours of the query's class have a green frame, the others a red one.
 """
 
-import io
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from pipeline.command import command
+from pipeline.pixels.decode import picture
 from pipeline.reading.order import draw_of_ids
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source
@@ -38,9 +38,7 @@ def original(source: Source, storage: Storage, sample_id: int) -> Image.Image:
     manifest, shard, row = source.manifests[int(place.manifest[0])], int(place.shard[0]), int(place.row[0])
     index = read_index(storage.read_bytes(manifest.index_url(shard)))
     start, size = int(index.offsets[row]), int(index.sizes[row])
-    encoded = storage.open(manifest.shard_url(shard))[start : start + size].tobytes()
-    with Image.open(io.BytesIO(encoded)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    return picture(storage.open(manifest.shard_url(shard))[start : start + size])
 
 
 def choose_queries(labels: Tensor, queries: int, seed: int) -> list[int]:
@@ -65,11 +63,11 @@ def draw(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Image.Im
     pen = ImageDraw.Draw(page)
     pen.text((GAP, 10), title, fill=INK, font=ImageFont.load_default(size=13))
     for r, row in enumerate(rows):
-        for c, (picture, text, frame) in enumerate(row):
+        for c, (image, text, frame) in enumerate(row):
             x, y = GAP + c * step_x + (2 * GAP if c else 0), 34 + r * step_y
             # Whole pixels for tiny pictures; a smooth blow-up hides what the encoder saw.
-            method = Image.Resampling.NEAREST if min(picture.size) <= CELL // 2 else Image.Resampling.BICUBIC
-            page.paste(ImageOps.fit(picture, (CELL, CELL), method=method), (x, y))
+            method = Image.Resampling.NEAREST if min(image.size) <= CELL // 2 else Image.Resampling.BICUBIC
+            page.paste(ImageOps.fit(image, (CELL, CELL), method=method), (x, y))
             if frame:
                 pen.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=frame, width=2)
             while text and pen.textlength(text, font=font) > CELL:
@@ -117,16 +115,14 @@ def make_gallery(
         name = int(labels[i])
         return source.classes[name] if 0 <= name < len(source.classes) else str(name) if name >= 0 else ""
 
-    def picture(i: int) -> Image.Image:
-        return original(source, storage, int(sample_ids[i]))
-
     rows = []
     for query, near, scores in zip(chosen, indices.tolist(), similarities.tolist()):
-        row = [(picture(query), label(query) or f"#{int(sample_ids[query])}", "")]
+        row = [(original(source, storage, int(sample_ids[query])), label(query) or f"#{int(sample_ids[query])}", "")]
         for i, score in [(i, s) for i, s in zip(near, scores) if i != query][:neighbours]:
             known = labels[query] >= 0 and labels[i] >= 0
             frame = (SAME if labels[i] == labels[query] else OTHER) if known else ""
-            row.append((picture(i), f"{label(i)} ({score:.2f})".strip(), frame))
+            image = original(source, storage, int(sample_ids[i]))
+            row.append((image, f"{label(i)} ({score:.2f})".strip(), frame))
         rows.append(row)
     storage.close()
     where = f"{len(vectors):,} images of {', '.join(source.names)}"

@@ -18,7 +18,8 @@ import numpy as np
 import xxhash
 
 from pipeline.files import write_atomically
-from pipeline.sources.index import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from pipeline.pixels.formats import EXTENSIONS as IMAGE_EXTENSIONS
+from pipeline.sources.index import LABEL_EXTENSION
 
 MOST_CLASSES = 1_000_000  # folders at one depth; beyond that they are no classes
 

@@ -8,13 +8,11 @@ import json
 import posixpath
 import re
 import tarfile
-import warnings
 from collections import Counter
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
-from PIL import Image
 
 from pipeline import files as destination
 from pipeline.packing.fetch import fetch
@@ -68,19 +66,11 @@ def pack(task: PackTask) -> int:
     Its record: samples, bytes, checksum, images of each label, what was rejected and why. A shard of which nothing is
     left is not written.
     """
-    pixel_guard, Image.MAX_IMAGE_PIXELS = (
-        Image.MAX_IMAGE_PIXELS,
-        None,
-    )  # ours is `max_pixels`; Pillow's would warn below it
-    try:
-        # Pillow's opinions on metadata are nobody's concern here.
-        with warnings.catch_warnings(action="ignore"), destination.writing(task.shard) as file:
-            sink = _Sink(file)
-            record, index = _write(task, sink)
-            record |= {"bytes": sink.bytes, "checksum": f"xxh3_64:{sink.hash.hexdigest()}"}
-            destination.write(task.shard.removesuffix(".tar") + ".idx", format_index(index))
-    finally:
-        Image.MAX_IMAGE_PIXELS = pixel_guard
+    with destination.writing(task.shard) as file:
+        sink = _Sink(file)
+        record, index = _write(task, sink)
+        record |= {"bytes": sink.bytes, "checksum": f"xxh3_64:{sink.hash.hexdigest()}"}
+        destination.write(task.shard.removesuffix(".tar") + ".idx", format_index(index))
     if not record["samples"]:
         destination.remove(task.shard)
         destination.remove(task.shard.removesuffix(".tar") + ".idx")
@@ -90,6 +80,7 @@ def pack(task: PackTask) -> int:
 
 def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Component]]]:
     rejected: list[dict[str, str]] = []
+    remarks: dict[str, list[Any]] = {}  # kind -> how many images it is said of, the first of them and what is said
     labels: Counter[str] = Counter()
     index: list[list[Component]] = []
     image_bytes = position = 0
@@ -98,12 +89,16 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
     writer = webdataset.TarWriter(sink, user="", group="", mode=0o644, mtime=0, encoder=False)
     # TarWriter opens its tar as a stream in blocks of 10 kB and in PAX format: this one is USTAR, and twice as fast.
     writer.tarstream = tarfile.TarFile(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=1 << 20)  # type: ignore[arg-type,call-arg]
+
+    def note(kind: str, detail: str) -> None:
+        remarks.setdefault(kind, [0, f"{planned.image.name}: {detail}"])[0] += 1
+
     with writer:
         for planned, contents in zip(task.images, fetch(planned.image for planned in task.images)):
             try:
                 if isinstance(contents, Rejected):
                     raise contents
-                data, extension = prepare(contents[0], planned.image.name, task.options)
+                data, extension = prepare(contents[0], planned.image.name, task.options, note)
                 sample = {"__key__": sample_key(planned), **_other_members(planned, contents[1:]), extension: data}
                 writer.write(sample)
                 components = []
@@ -119,7 +114,13 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
             _advance(planned.image)
         if writer.tarstream.offset != position:
             raise RuntimeError(f"{task.shard}: the index says {position} bytes, the tar has {writer.tarstream.offset}")
-    record = {"samples": len(index), "image_bytes": image_bytes, "labels": labels, "rejected": rejected}
+    record = {
+        "samples": len(index),
+        "image_bytes": image_bytes,
+        "labels": labels,
+        "rejected": rejected,
+        "remarks": remarks,
+    }
     return record, index
 
 

@@ -1,16 +1,17 @@
 """When all shards are packed: manifest, lists of what was left out, a picture of what was packed, a table."""
 
 import bisect
+import contextlib
 import io
 import itertools
 import json
 import random
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline import files as destination
@@ -18,6 +19,7 @@ from pipeline.files import is_remote, local_path
 from pipeline.packing.collect import CONTACT_SHEET
 from pipeline.packing.listing import Listing
 from pipeline.packing.plan import PlannedShard, duplicate_pairs
+from pipeline.pixels.decode import BadImage, picture
 from pipeline.sources.index import image_rank
 from pipeline.sources.manifest import Manifest, Shard, save_manifest
 
@@ -31,6 +33,7 @@ def finish(
     """Writes what belongs to the shards and returns the counts. ValueError when nothing could be packed."""
     reasons: Counter[str] = Counter()
     labels: Counter[str] = Counter()
+    remarks: dict[str, list[Any]] = {}  # kind -> how many images it is said of, the first of them and what is said
     made: dict[str, list[Shard]] = {shard.split: [] for shard in shards}
     packed = image_bytes = 0
     first = ""
@@ -41,6 +44,8 @@ def finish(
                 lines.write(json.dumps(line).encode() + b"\n")
                 reasons[line["reason"]] += 1
                 first = first or f"{line['name']}: {line['reason']} {line['detail']}"
+            for kind, (count, example) in record.get("remarks", {}).items():  # older records have none
+                remarks.setdefault(kind, [0, example])[0] += count
             packed += record["samples"]
             image_bytes += record["image_bytes"]
             labels.update(record["labels"])
@@ -74,6 +79,7 @@ def finish(
         "shards": {split: len(of_split) for split, of_split in made.items()},
         "samples": {split: sum(s.samples for s in of_split) for split, of_split in made.items()},
         "ignored": listing.summary["ignored"],
+        "remarks": remarks,
     }
 
 
@@ -117,20 +123,17 @@ def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 11)
     sheet = Image.new("RGB", (across * CELL, -(-len(chosen) // across) * (CELL + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
-    with warnings.catch_warnings(action="ignore"):  # Pillow's opinions on metadata
-        for cell, number in enumerate(chosen):
-            tar, samples = tars[i := bisect.bisect(ends, number)]
-            image, label = _sample(destination.join(dest, tar), number - ends[i] + samples)
-            thumbnail = ImageOps.contain(image, (CELL - 4, CELL - 4))
-            x, y = cell % across * CELL, cell // across * (CELL + CAPTION)
-            sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
-            text = classes[int(label)] if label.isdecimal() and int(label) < len(classes) else label
-            text = " ".join(text.split())  # a name of two lines has no length
-            if font.getlength(text) > CELL - 4:
-                text = next(
-                    cut for end in range(len(text), 0, -1) if font.getlength(cut := f"{text[:end]}…") <= CELL - 4
-                )
-            draw.text((x + CELL // 2, y + CELL), text, fill="black", font=font, anchor="ma")
+    for cell, number in enumerate(chosen):
+        tar, samples = tars[i := bisect.bisect(ends, number)]
+        image, label = _sample(destination.join(dest, tar), number - ends[i] + samples)
+        thumbnail = ImageOps.contain(image, (CELL - 4, CELL - 4))
+        x, y = cell % across * CELL, cell // across * (CELL + CAPTION)
+        sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
+        text = classes[int(label)] if label.isdecimal() and int(label) < len(classes) else label
+        text = " ".join(text.split())  # a name of two lines has no length
+        if font.getlength(text) > CELL - 4:
+            text = next(cut for end in range(len(text), 0, -1) if font.getlength(cut := f"{text[:end]}…") <= CELL - 4)
+        draw.text((x + CELL // 2, y + CELL), text, fill="black", font=font, anchor="ma")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -142,14 +145,10 @@ def _sample(tar: str, row: int) -> tuple[Image.Image, str]:
     parts = {line[i]: (int(line[i + 1]), int(line[i + 2])) for i in range(0, len(line), 4)}
     label = _range(tar, *parts["cls"]).decode("utf-8", "replace").strip() if "cls" in parts else ""
     best = min((name for name in parts if image_rank(name) >= 0), key=image_rank, default=None)
-    try:
-        if best is None:
-            raise ValueError(f"no image in row {row} of {tar}")
-        image = Image.open(io.BytesIO(_range(tar, *parts[best])))
-        image.draft("RGB", (CELL, CELL))
-        return ImageOps.exif_transpose(image.convert("RGB")), label
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return Image.new("RGB", (CELL, CELL)), label
+    if best is not None:
+        with contextlib.suppress(BadImage):
+            return picture(np.frombuffer(_range(tar, *parts[best]), np.uint8), least_side=CELL), label
+    return Image.new("RGB", (CELL, CELL)), label
 
 
 def _range(place: str, offset: int, size: int) -> bytes:
@@ -173,6 +172,8 @@ def table(counts: dict[str, Any], dest: str, seconds: float) -> str:
     if ignored := counts["ignored"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(ignored).most_common(6))
         lines.append(f"not images  {sum(ignored.values()):>14,}  ({kinds})")
+    for kind, (count, example) in counts["remarks"].items():
+        lines.append(f"note        {count:>14,}  {kind}; the first: {example}")
     lines.append(f"classes     {counts['classes']:>14,}")
     lines.append(
         f"bytes       {counts['image_bytes']:>14,}  ({counts['image_bytes'] / counts['packed']:,.0f} an image)"

@@ -1,51 +1,25 @@
-"""Is this an image, how large is it, and will DALI decode it as Pillow would? Asked of the bytes before DALI sees them.
+"""How large is this image, and will DALI decode it as Pillow would? Asked of the bytes before DALI sees them.
 
 A decode error inside DALI costs the whole batch and can kill the process, so nothing unscreened reaches it:
 
 1. The usual file (JPEG of one or three components, 8-bit PNG, plain WebP) is told from its markers alone, in a few
    microseconds, and goes to DALI as it is.
-2. Whatever is unusual is decoded here by Pillow, which is the judge of it: what Pillow cannot decode is bad, what it
-   can goes to DALI as a PPM file with Pillow's pixels: 16-bit, CMYK, GIF, animations, odd JPEGs, damaged ends.
+2. Whatever is unusual is decoded by `decode`, which is the judge of it: what that refuses is bad, the rest goes to DALI
+   as a PPM file of its pixels: 16-bit, CMYK, GIF, animations, odd JPEGs, damaged ends.
 """
 
-import contextlib
-import io
 import re
 import struct
-import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
 
-# 300 MB of RGB, make_shards' limit too. A larger picture takes more memory than two batches of usual ones, and may be a
-# decompression bomb.
-MAX_PIXELS = 100_000_000
+from pipeline.pixels import headers
+from pipeline.pixels.decode import MAX_PIXELS, BadImage, Remark, check_decodes, check_pixels, ignore, open_image
 
-# What Pillow may be asked to read. Not all that it can: EPS, for one, would start Ghostscript on a stranger's program.
-Image.init()
-FORMATS: list[str] = [
-    name
-    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-    if name in Image.OPEN  # MPO comes as JPEG, AVIF is not in every Pillow
-]
-
+# In a PNG: EXIF as text, an orientation in XMP, anything compressed.
+_TELLING = re.compile(rb"\A....(zTXt|iTXt[^\0]*\0[^\0]|tEXtexif\0|tEXtRaw profile)|tiff:", re.DOTALL)
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*(\d)")
-
-
-class BadImage(ValueError):
-    """The reason why these bytes cannot be used."""
-
-
-def screen(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int, int]:
-    """What to hand to DALI for these bytes (uint8 [n]), and the image's height and width after EXIF orientation.
-
-    BadImage, with the reason, when there is no decoding it, or when it has more than `max_pixels` pixels.
-    """
-    size = inspect(encoded, max_pixels)
-    if size is not None:
-        return encoded, *size
-    return as_ppm(decode(encoded, max_pixels))
 
 
 def inspect(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
@@ -68,31 +42,16 @@ def inspect(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[int, int
     except (IndexError, struct.error):
         return None  # cut short somewhere in its headers
     if size is not None:
-        _check_pixels(*size, max_pixels)
+        check_pixels(size[1], size[0], max_pixels)
         if size[0] < 1 or size[1] < 1:
             return None
     return size
 
 
-def decode(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Pillow's `convert("RGB")` of the first frame after EXIF orientation: uint8 [H, W, 3]. BadImage if it fails."""
-    # catch_warnings swaps the filters of the whole process, which is not safe in a thread; this touches Pillow's alone.
-    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
-    try:
-        with Image.open(io.BytesIO(encoded.data), formats=FORMATS) as image:
-            _check_pixels(image.height, image.width, max_pixels)
-            image.load()
-            rgb = image.convert("RGB")
-            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the picture
-                rgb = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(rgb)
-    except BadImage:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plug-ins raise whatever their parsing runs into
-        message = re.sub(r" <_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
-        raise BadImage(f"{type(error).__name__}: {message}"[:200]) from None
+def verify(encoded: np.ndarray, max_pixels: int = MAX_PIXELS, remark: Remark = ignore) -> None:
+    """BadImage where training would leave the image out."""
+    usual = inspect(encoded, max_pixels) is not None
+    check_decodes(open_image(encoded, max_pixels), usual=usual, remark=remark)
 
 
 def as_ppm(pixels: np.ndarray) -> tuple[np.ndarray, int, int]:
@@ -103,11 +62,6 @@ def as_ppm(pixels: np.ndarray) -> tuple[np.ndarray, int, int]:
     encoded[: len(header)] = np.frombuffer(header, np.uint8)
     encoded[len(header) :] = pixels.reshape(-1)
     return encoded, height, width
-
-
-def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-    if height * width > max_pixels:
-        raise BadImage(f"{width}x{height} is {height * width:,} pixels, the limit is {max_pixels:,}")
 
 
 def _jpeg(data: memoryview) -> tuple[int, int] | None:
@@ -187,7 +141,7 @@ def _png(data: memoryview, max_pixels: int) -> tuple[int, int] | None:
     if data[12:16] != b"IHDR":
         return None
     width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
-    _check_pixels(height, width, max_pixels)
+    check_pixels(width, height, max_pixels)
     if depth != 8 or colour not in (0, 2, 3, 4, 6) or interlace:
         plain = False
     while position + 12 <= len(data):
@@ -197,14 +151,14 @@ def _png(data: memoryview, max_pixels: int) -> tuple[int, int] | None:
             break
         if zlib.crc32(data[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
             if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-                raise BadImage(f"PNG chunk {kind.decode()} at byte {position:,} does not match its CRC")
+                raise BadImage(
+                    "does not decode", f"PNG chunk {kind.decode()} at byte {position:,} does not match its CRC"
+                )
             plain = False
         if kind in (b"acTL", b"eXIf", b"tRNS"):
             plain = False
-        elif kind in (b"iTXt", b"tEXt", b"zTXt") and (
-            kind == b"zTXt" or length > 4096 or b"tiff:" in bytes(data[position:end])
-        ):
-            plain = False  # may hold an orientation
+        elif kind in (b"iTXt", b"tEXt", b"zTXt") and (length > 4096 or _TELLING.search(data[position:end])):
+            plain = False  # may hold an orientation, or more text than Pillow takes
         position = end + 4
         if kind == b"IEND":
             ended = True
@@ -215,12 +169,7 @@ def _png(data: memoryview, max_pixels: int) -> tuple[int, int] | None:
 def _webp(data: memoryview) -> tuple[int, int] | None:
     """The simple file formats, lossy and lossless; alpha, animations and metadata (VP8X) are Pillow's."""
     (size,) = struct.unpack_from("<I", data, 4)
-    if size + 8 != len(data):
+    if size + 8 != len(data) or data[12:16] == b"VP8X":
         return None
-    if data[12:16] == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return height & 0x3FFF, width & 0x3FFF
-    if data[12:16] == b"VP8L" and data[20] == 0x2F:
-        (bits,) = struct.unpack_from("<I", data, 21)
-        return ((bits >> 14) & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    return None
+    width, height = headers.webp_size(data)
+    return height, width

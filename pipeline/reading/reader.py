@@ -7,6 +7,7 @@
 4. A bad sample is replaced by the next good row of its shard and written down once in `quarantine.jsonl`.
 """
 
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.permutation import Ints
-from pipeline.pixels.screen import MAX_PIXELS, BadImage, as_ppm, decode, inspect
+from pipeline.pixels.decode import MAX_PIXELS, BadImage, decode
+from pipeline.pixels.screen import as_ppm, inspect
 from pipeline.reading.order import Draw
 from pipeline.reading.quarantine import Quarantine
 from pipeline.sources.index import Index, read_index, sample_key
@@ -78,6 +80,7 @@ class Reader:
         self._places: OrderedDict[tuple[int, int], Place] = OrderedDict()
         self._index_bytes = 0
         self._slow, self._batches = False, 0
+        self._said: set[str] = set()  # kinds of remarks on images
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pillow")
         self._readers = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="read")
 
@@ -127,7 +130,8 @@ class Reader:
                 unusual.append(i)
             else:
                 heights[i], widths[i] = size
-        for i, result in zip(unusual, self._pool.map(self._by_pillow, [encoded[i] for i in unusual])):
+        places = [(int(draw.manifest[i]), int(draw.shard[i]), int(draw.row[i])) for i in unusual]
+        for i, result in zip(unusual, self._pool.map(self._by_pillow, [encoded[i] for i in unusual], places)):
             if isinstance(result, str):
                 bad[i] = result
             else:
@@ -238,7 +242,7 @@ class Reader:
                 sample_id = self.sample_id(m, other, r)
                 if sample_id in self.quarantine.reasons:
                     continue
-                result = self._screened(self._fetch(self._place(m, other), r), trust_headers)
+                result = self._screened(self._fetch(self._place(m, other), r), (m, other, r), trust_headers)
                 if isinstance(result, str):
                     self._write_down(m, other, r, result)
                 else:
@@ -255,16 +259,26 @@ class Reader:
         shard = int(np.searchsorted(offsets, sample_id - self.source.id_offsets[m], side="right")) - 1
         return line["shard"] == self.source.manifests[m].shards[shard].path
 
-    def _screened(self, data: np.ndarray, trust_headers: bool) -> tuple[np.ndarray, int, int] | str:
+    def _screened(
+        self, data: np.ndarray, place: tuple[int, int, int], trust_headers: bool
+    ) -> tuple[np.ndarray, int, int] | str:
         try:
             size = inspect(data, self.max_pixels) if trust_headers else None
         except BadImage as error:
             return str(error)
-        return (data, *size) if size else self._by_pillow(data)
+        return (data, *size) if size else self._by_pillow(data, place)
 
-    def _by_pillow(self, data: np.ndarray) -> tuple[np.ndarray, int, int] | str:
+    def _by_pillow(self, data: np.ndarray, place: tuple[int, int, int]) -> tuple[np.ndarray, int, int] | str:
+        m, shard, row = place
+
+        def say_once(kind: str, detail: str) -> None:
+            if kind not in self._said:
+                self._said.add(kind)
+                where = f"{self.source.manifests[m].shards[shard].path} row {row}"
+                print(f"note: {where}: {kind}: {detail} (said once, there may be more)", file=sys.stderr)
+
         try:
-            return as_ppm(decode(data, self.max_pixels))
+            return as_ppm(decode(data, self.max_pixels, say_once))
         except BadImage as error:
             return str(error)
 

@@ -1,25 +1,20 @@
 """Whether shards are still what their manifest says: size, checksum, index, images that decode."""
 
 import contextlib
-import io
 import itertools
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from pipeline.files import is_remote
+from pipeline.pixels.decode import BadImage
+from pipeline.pixels.screen import verify
 from pipeline.progress import track
 from pipeline.sources.index import image_rank, index_tar, read_index
 from pipeline.sources.scan import FETCHES, checksum_of, in_processes, map_ahead
 from pipeline.sources.storage import Storage
-
-PIXEL_LIMIT = 256_000_000
 
 
 class Expected(NamedTuple):
@@ -78,20 +73,8 @@ def _check(storage: Storage, shard: Expected) -> list[str]:
     if sorted(zip(index.offsets.tolist(), index.sizes.tolist())) != sorted((c.offset, c.size) for c in best):
         faults.append(f"{shard.idx}: does not say where the images of {shard.tar} are: delete it and the manifest")
     for component in best:
-        reason = _undecodable(data[component.offset : component.offset + component.size])
-        if reason:
-            faults.append(f"{shard.tar}: {component.name}: {reason}")
+        try:
+            verify(data[component.offset : component.offset + component.size])
+        except BadImage as error:
+            faults.append(f"{shard.tar}: {component.name}: {error}")
     return faults
-
-
-def _undecodable(encoded: np.ndarray) -> str:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded.tobytes())) as image:
-                if image.width * image.height > PIXEL_LIMIT:
-                    return f"{image.width}x{image.height} pixels"
-                image.load()
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on broken files
-        return f"does not decode: {error}" if str(error) else f"does not decode: {type(error).__name__}"
-    return ""

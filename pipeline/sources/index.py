@@ -19,11 +19,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-# What is taken for an image, best first: where a key has several, the earliest in this list is the one that is read.
-IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff"),
-    *("ppm", "pgm", "pnm", "gif", "avif", "jp2"),
-)
+from pipeline.pixels.formats import EXTENSIONS as IMAGE_EXTENSIONS
+
 LABEL_EXTENSION = "cls"
 BLOCK = 512
 

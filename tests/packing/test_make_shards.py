@@ -27,10 +27,11 @@ from pipeline import progress
 from pipeline.command import command
 from pipeline.make_shards import make_shards
 from pipeline.packing import plan, workers
-from pipeline.packing import prepare as verify
+from pipeline.packing import prepare as preparing
 from pipeline.packing.collect import collect
 from pipeline.packing.prepare import Options, Rejected, prepare
 from pipeline.packing.summary import contact_sheet
+from pipeline.pixels.formats import EXTENSIONS
 from pipeline.sources.manifest import load_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's
@@ -57,7 +58,7 @@ def digests(dest: Path) -> dict[str, bytes]:
 
 
 def image_of(sample: dict[str, Any]) -> bytes:
-    return next(v for k, v in sample.items() if k in set(verify.EXTENSIONS.values()))
+    return next(v for k, v in sample.items() if k in EXTENSIONS)
 
 
 def test_every_image_once_with_its_label(image_folder: Path, shards_dir: Path) -> None:
@@ -170,7 +171,7 @@ def test_duplicates_are_left_out(image_folder: Path, tmp_path: Path) -> None:
 def test_troublesome_files_add_up(troublesome: list[Path], tmp_path: Path) -> None:
     summary = make(troublesome[0].parent.parent, tmp_path / "d")
     rejected = [json.loads(line) for line in (tmp_path / "d/rejected.jsonl").read_text().splitlines()]
-    assert summary["found"] == summary["packed"] + summary["rejected"] == 81  # all but an .mpo, by its name no image
+    assert summary["found"] == summary["packed"] + summary["rejected"] == 82
     by_name = {Path(line["name"]).name: line["reason"] for line in rejected}
     assert by_name["empty.jpg"] == "empty file" and by_name["text.jpg"] == "not an image"
     assert by_name["sharp__giant-image.jpg"] == by_name["pillow__decompression_bomb.gif"] == "too many pixels"
@@ -178,7 +179,7 @@ def test_troublesome_files_add_up(troublesome: list[Path], tmp_path: Path) -> No
     Image.MAX_IMAGE_PIXELS, guard = None, Image.MAX_IMAGE_PIXELS
     try:
         for path in troublesome:
-            if path.suffix != ".mpo" and by_name.get(path.name) != "too many pixels":
+            if by_name.get(path.name) != "too many pixels":
                 try:
                     Image.open(path).load()
                     decodes = True
@@ -188,7 +189,7 @@ def test_troublesome_files_add_up(troublesome: list[Path], tmp_path: Path) -> No
     finally:
         Image.MAX_IMAGE_PIXELS = guard
     # A misnamed file gets the extension of what it is.
-    names = [next(k for k in s if k in set(verify.EXTENSIONS.values())) for s in samples_of(tmp_path / "d")]
+    names = [next(k for k in s if k in EXTENSIONS) for s in samples_of(tmp_path / "d")]
     assert {"jpg", "png", "gif", "webp", "bmp", "tif", "ppm"} <= set(names)
 
 
@@ -220,7 +221,7 @@ def test_shrinking_matches_pillow(photos: list[Path]) -> None:
     for path in photos[:20]:
         data = path.read_bytes()
         image = Image.open(path)
-        if verify._profile(image.info.get("icc_profile"), image.mode) is not None:
+        if preparing._profile(image.info.get("icc_profile"), image.mode) is not None:
             continue  # those change colour, as they should
         image = image.convert("RGB")
         for side in (64, 160, 256):
@@ -304,7 +305,7 @@ def test_size_limits(image_folder: Path, tmp_path: Path) -> None:
 
 def test_unverified_shards_hold_everything(troublesome: list[Path], tmp_path: Path) -> None:
     summary = make(troublesome[0].parent.parent, tmp_path / "d", options=Options(no_verify=True))
-    assert summary["reasons"] == {"empty file": 1}
+    assert summary["reasons"] == {"empty file": 1, "not an image": 1}
     originals = {p.read_bytes() for p in troublesome}
     assert {image_of(s) for s in samples_of(tmp_path / "d")} <= originals
 

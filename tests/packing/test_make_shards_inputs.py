@@ -20,7 +20,8 @@ from pipeline.make_shards import make_shards
 from pipeline.packing import fetch
 from pipeline.packing.collect import collect
 from pipeline.packing.listing import ListedImage, Listing, Survey
-from pipeline.packing.prepare import EXTENSIONS, Options, Rejected
+from pipeline.packing.prepare import Options, Rejected
+from pipeline.pixels.formats import EXTENSIONS
 
 
 def make(src: Path | str, dest: Path | str, **more: Any) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def labelled(dest: Path | str) -> Counter[tuple[bytes, str]]:
         classes = json.load(file)["classes"]
     found: Counter[tuple[bytes, str]] = Counter()
     for sample in read_shards(dest).values():
-        image = next(v for k, v in sample.items() if k in EXTENSIONS.values())
+        image = next(v for k, v in sample.items() if k in EXTENSIONS)
         label = int(sample["cls"]) if "cls" in sample else -1
         found[image, classes[label] if 0 <= label < len(classes) else str(label)] += 1
     return found

@@ -71,7 +71,7 @@ def test_bad_samples_are_replaced_by_the_next_good_row(sick: Source, tmp_path: P
     lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert {line["sample_id"] for line in lines} == {2, 3, 7, *range(16, 24)} and len(lines) == 11
     assert lines[0]["source"] == "sick" and lines[0]["shard"] == "shard-000000.tar"
-    assert lines[0]["key"].startswith("000002_") and "cannot identify image file" in lines[0]["reason"]
+    assert lines[0]["key"].startswith("000002_") and "not an image: begins with" in lines[0]["reason"]
 
 
 def test_without_replacement_they_are_left_out(sick: Source) -> None:

@@ -342,7 +342,7 @@ def test_check_finds_every_fault(folder: Path) -> None:
     tars[3].write_bytes(content)
     result = describe(folder, "--check")
     assert result.returncode == 1, result.stderr
-    assert f"{image.name}: does not decode" in result.stdout
+    assert f"{image.name}: not an image" in result.stdout
     assert "1 fault (shards without a checksum to compare with: 1)" in result.stdout
 
 

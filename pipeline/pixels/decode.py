@@ -1,0 +1,241 @@
+"""From an encoded image to pixels. Every path of the product that looks at an image comes through here.
+
+1. The first bytes choose the decoder (`formats`). No other is asked, so that no file can start a program (Ghostscript).
+2. Sizes are checked before memory is asked for, those too that Pillow does not look at (`headers`).
+3. Pixels are 8 bits a channel. Alpha is dropped before anything else, and the colour under it stays; 16 bits of grey
+   are scaled to 8; float and 32-bit integers, which have no black and no white, are refused.
+4. The picture is set upright as its EXIF or XMP says, once.
+"""
+
+import contextlib
+import io
+import logging
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from pipeline.pixels import headers, libtiff
+from pipeline.pixels.formats import sniff
+
+# 300 MB of RGB, make_shards' limit too. A larger picture takes more memory than two batches of usual ones, and may be a
+# decompression bomb.
+MAX_PIXELS = 100_000_000
+
+# Extension as `sniff` says it -> Pillow's class. Not `Image.open`: with it Pillow asks further decoders, looks for more
+# images in a JPEG (MPO) and gives it up when those are damaged, and has a limit on pixels of its own.
+DECODERS: dict[str, type[ImageFile.ImageFile]] = {
+    "jpg": JpegImagePlugin.JpegImageFile,
+    "png": PngImagePlugin.PngImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "dib": BmpImagePlugin.DibImageFile,
+    "tif": TiffImagePlugin.TiffImageFile,
+    "ppm": PpmImagePlugin.PpmImageFile,
+    "jp2": Jpeg2KImagePlugin.Jpeg2KImageFile,
+    "j2k": Jpeg2KImagePlugin.Jpeg2KImageFile,
+}
+ANNOUNCED = {  # sizes that Pillow would ask memory for before it could be asked for them
+    "gif": headers.gif_size,
+    "webp": headers.webp_size,
+    "jp2": headers.jpeg2000_size,
+    "j2k": headers.jpeg2000_size,
+}
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 0x0112, 0x0102, 0x0106, 0x0142, 0x0143  # tags
+TURNS = {  # EXIF orientation -> the operation that sets the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+DARK = 1 << 14  # of 65,536: a 16-bit image that stays below it was scanned with 14 bits or fewer, and comes out dark
+
+# What is told of an image that is used all the same: a kind to count by, and what exactly.
+Remark = Callable[[str, str], None]
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach standard error, without a file name
+
+
+class BadImage(ValueError):
+    """Why these bytes cannot be used: `reason` is a kind to count by, `detail` says what exactly is wrong."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def ignore(kind: str, detail: str) -> None:
+    """The `Remark` of callers whom nothing but the pixels concerns."""
+
+
+def decode(encoded: np.ndarray, max_pixels: int = MAX_PIXELS, remark: Remark = ignore) -> np.ndarray:
+    """The pixels of the first frame, upright: uint8 [H, W, 3]. BadImage when there is no using the image."""
+    return np.asarray(picture(encoded, max_pixels, remark))
+
+
+def picture(
+    encoded: np.ndarray, max_pixels: int = MAX_PIXELS, remark: Remark = ignore, *, least_side: int = 0
+) -> Image.Image:
+    """As `decode`, as an RGB image. With `least_side` a large JPEG comes smaller, its sides no less than that."""
+    image = open_image(encoded, max_pixels)
+    with refusing():
+        if least_side and image.format == "JPEG":
+            image.draft("RGB", (least_side, least_side))
+        pixels = plain(image, remark)
+        return upright(pixels if pixels.mode == "RGB" else pixels.convert("RGB"), orientation(image))
+
+
+def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image with its header read and its sizes checked; its pixels are decoded by `plain`.
+
+    BadImage when it is of no format that is taken, too large, or made of numbers without black and white.
+    """
+    data = encoded.data
+    if len(data) == 0:
+        raise BadImage("empty file")
+    kind = sniff(data)
+    if not kind:
+        raise BadImage("not an image", f"begins with {bytes(data[:16])!r}")
+    _settle_pillow(max_pixels)
+    with refusing():
+        if kind in ANNOUNCED:
+            with contextlib.suppress(IndexError, struct.error):  # it ends too early, as its decoder will say
+                check_pixels(*ANNOUNCED[kind](data), max_pixels)
+        image = _decoder(kind)(io.BytesIO(data))
+        check_pixels(*image.size, max_pixels)
+        if kind == "tif":  # libtiff makes room for a whole tile, however small the image
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            check_pixels(int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0)), max_pixels)
+    # Of the formats with whole numbers in mode I, PNG (in older Pillows) and PPM mean 16 bits.
+    if image.mode == "F" or (image.mode == "I" and kind not in ("png", "ppm")):
+        numbers = "float" if image.mode == "F" else "signed or 32-bit integer"
+        raise BadImage(
+            "no black and white",
+            f"nothing says which of its {numbers} numbers is black and which is white: scale them to 8 or 16 bits "
+            "first (ImageMagick: -auto-level -depth 16)",
+        )
+    return image
+
+
+def plain(image: Image.Image, remark: Remark = ignore) -> Image.Image:
+    """Decodes what `open_image` opened: mode L, RGB or CMYK, 8 bits, without alpha or palette; not turned yet, but for
+    TIFF, which Pillow itself turns. May raise what Pillow raises: see `refusing`."""
+    if image.format == "TIFF":
+        with libtiff.complaints() as said:
+            try:
+                image.load()
+            except OSError as error:  # "decoder error -2"
+                raise OSError(f"libtiff: {said[0]}" if said else str(error)) from None
+        if said:
+            remark("libtiff complained", said[0])
+    else:
+        image.load()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _eight_bits(image, remark)
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image
+    if image.mode == "La":  # colour that was multiplied by its alpha
+        image = image.convert("LA")
+    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
+
+
+def check_decodes(image: Image.Image, *, usual: bool, remark: Remark = ignore) -> None:
+    """BadImage when what `open_image` opened cannot be decoded. `usual`: `screen.inspect` knows its size."""
+    with refusing():
+        if usual and image.format == "JPEG":
+            # An eighth of the size, grey: all of the entropy coding is decoded, which is where damage shows; most of
+            # the arithmetic, which cannot fail, is not done.
+            image.draft("L", (max(image.width // 8, 1), max(image.height // 8, 1)))
+            image.load()
+        else:
+            plain(image, remark)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, by which the pixels of `plain` are to be turned. PNG and TIFF say it only when
+    they are decoded."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+        return value if value in TURNS else 1
+    except Exception:  # a broken EXIF block is no reason to lose the picture
+        return 1
+
+
+def upright(pixels: Image.Image, orientation: int) -> Image.Image:
+    """`pixels` turned and mirrored as an EXIF orientation asks."""
+    return pixels.transpose(TURNS[orientation]) if orientation in TURNS else pixels
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """BadImage when a picture of this size has more than `max_pixels` pixels."""
+    if height * width > max_pixels:
+        raise BadImage("too many pixels", f"{width}x{height} is {height * width:,} pixels, the limit is {max_pixels:,}")
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """BadImage in place of whatever Pillow's decoders raise, which is nearly anything on hostile files."""
+    try:
+        yield
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:
+        message = re.sub(r" <_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
+        raise BadImage("does not decode", f"{type(error).__name__}: {message}"[:200]) from None
+
+
+def _decoder(kind: str) -> Callable[[io.BytesIO], Image.Image]:
+    if kind == "avif":
+        try:
+            from PIL import AvifImagePlugin
+        except ImportError:
+            raise BadImage("does not decode", "AVIF takes Pillow 11.3 or newer: pip install -U pillow") from None
+        return AvifImagePlugin.AvifImageFile
+    if kind == "heic":
+        try:
+            import pillow_heif
+        except ImportError:
+            raise BadImage("does not decode", "HEIC and HEIF take pillow-heif: pip install -e '.[heif]'") from None
+        return pillow_heif.HeifImageFile  # type: ignore[no-any-return]
+    return DECODERS[kind]
+
+
+def _eight_bits(image: Image.Image, remark: Remark) -> Image.Image:
+    """Grey of 16 bits, or 12 in a TIFF that says so, as mode L: the high byte."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
+    brightest = int(values.max())
+    if bits == 16 and 0 < brightest < DARK:
+        remark(
+            "dark 16-bit grey",
+            f"values reach {brightest:,} of 65,535 and stay as they are; if they have fewer bits, scale them first",
+        )
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)  # 0: white is zero
+
+
+def _settle_pillow(max_pixels: int) -> None:
+    """Pillow's warnings are nobody's concern, and its own limit on pixels may not undercut ours."""
+    # catch_warnings swaps the filters of the whole process, which is not safe in a thread; this touches Pillow's alone.
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
