@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from pipeline.files import writing_beside
+
 
 def directory(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
@@ -31,17 +33,11 @@ def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, ke
     folder = directory(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
-    beside = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
-        with beside.open("wb") as file:
+        with writing_beside(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
     except RuntimeError as error:  # of torch's zip writer, whose own words do not say that the disk is full
         raise OSError(f"{path}: {error.__context__ or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
     _fsync_folder(folder)
     steps = [other for other in list_steps(run_dir) if other <= step]
     for old in steps[:-keep]:

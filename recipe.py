@@ -10,6 +10,8 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from pipeline.files import write_atomically
+
 
 def _(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -200,10 +202,7 @@ def load(path: str | Path) -> Recipe:
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
-    path = Path(path)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
-    beside.replace(path)
+    write_atomically(path, yaml.safe_dump(to_dict(recipe), sort_keys=False).encode())
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -42,18 +42,26 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, whole, whatever dies when."""
-    path = Path(path)
+@contextlib.contextmanager
+def writing_beside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, that becomes `path` when the block ends without an error: a reader sees the old file or the
+    new one, whole, whatever dies when."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), beside.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
+        # Images are larger than the buffer: they are not copied once more.
+        with naming(path), beside.open("wb", buffering=1 << 14) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    with writing_beside(Path(path)) as file:
+        file.write(content)
 
 
 def make_folder(place: str) -> None:
@@ -109,16 +117,6 @@ def writing(place: str) -> Iterator[BinaryIO]:
             file.flush()
             fs, path = file_system(place)
             fs.put_file(file.name, path)
-        return
-    final = local_path(place)
-    beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        # Images are larger than the buffer: they are not copied once more.
-        with naming(final), beside.open("wb", buffering=1 << 14) as local:
+    else:
+        with writing_beside(local_path(place)) as local:
             yield local
-            local.flush()
-            os.fsync(local.fileno())
-        beside.replace(final)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)

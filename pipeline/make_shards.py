@@ -28,7 +28,7 @@ import numpy as np
 import xxhash
 from jsonargparse import ArgumentParser
 
-from pipeline import files as destination
+from pipeline import files
 from pipeline.command import command
 from pipeline.files import is_remote, local_path
 from pipeline.packing import lists, workers
@@ -107,7 +107,7 @@ def make_shards(
     if not is_remote(src) and not is_pattern(src) and not Path(src).exists():
         raise FileNotFoundError(f"no such folder or file: {src}")
     if src.rstrip("/") == dest.rstrip("/"):
-        raise ValueError(f"SRC and DEST are both {src}: name another DEST, such as {destination.join(src, 'shards')}")
+        raise ValueError(f"SRC and DEST are both {src}: name another DEST, such as {files.join(src, 'shards')}")
     if is_remote(dest) and glob.has_magic(dest):  # what fsspec removes there would be all that matches
         raise ValueError(f"DEST {dest} is a URL with *, ? or [, which are patterns there: name another")
     if not scheduler:
@@ -115,21 +115,21 @@ def make_shards(
     if not overwrite and is_complete(dest, job, write_listing):
         return
     with journal_folder(dest) as journal:
-        records = destination.join(dest, JOURNAL)
+        records = files.join(dest, JOURNAL)
         if overwrite:
             remove_ours(dest)
         listing = begun(journal, job, dest)
         if listing is None:
             journal.mkdir(exist_ok=True)
             listing = write_listing(journal)
-            destination.write(str(journal / "job.json"), json.dumps(job).encode())
+            files.write(str(journal / "job.json"), json.dumps(job).encode())
             copy_up(journal, records)
         kept = remove_duplicates(listing, journal, records, how) if dedup else None
         shards = plan(
             listing.sizes, kept, seed, holdout=holdout, samples_per_shard=samples_per_shard, shard_bytes=shard_bytes
         )
         for split in dict.fromkeys(shard.split for shard in shards):
-            destination.make_folder(destination.join(dest, split).rstrip("/"))
+            files.make_folder(files.join(dest, split).rstrip("/"))
         done = finished(dest, shards)
         if done:
             print(f"going on: {len(done):,} of {len(shards):,} shards are done")
@@ -147,7 +147,7 @@ def make_shards(
             )
         counts = finish(dest, records, journal, listing, shards, seed)
     summary = {"job": job, "digest": listing.summary["digest"], **counts}
-    destination.write(destination.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
+    files.write(files.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
     remove_journal(dest)
     print(table(counts, dest, time.monotonic() - began))
 
@@ -162,34 +162,34 @@ def pack_tasks(
             image = listing[number]
             own = any(name == "cls" for name, _, _ in image.sidecars or ())
             images.append(PlannedImage(number, image, None if own and image.label is None else listing.label(image)))
-        tar = destination.join(dest, f"{shard.name}.tar")
-        yield PackTask(tar, destination.join(dest, f"{JOURNAL}/{shard.record}"), images, options)
+        tar = files.join(dest, f"{shard.name}.tar")
+        yield PackTask(tar, files.join(dest, f"{JOURNAL}/{shard.record}"), images, options)
 
 
 def remove_duplicates(listing: Listing, journal: Path, records: str, how: dict[str, Any]) -> np.ndarray:
     """Numbers of the images that are not the same as an earlier one."""
     names = [f"hashes-{i:06d}" for i in range(-(-len(listing) // HASHED_TOGETHER))]
-    there = destination.names(records)
+    there = files.names(records)
 
     def tasks() -> Iterator[HashTask]:
         for i, name in enumerate(names):
             if name not in there:
                 numbers = range(i * HASHED_TOGETHER, min((i + 1) * HASHED_TOGETHER, len(listing)))
-                yield HashTask(destination.join(records, name), [listing[n] for n in numbers])
+                yield HashTask(files.join(records, name), [listing[n] for n in numbers])
 
     done = min(len(there & set(names)) * HASHED_TOGETHER, len(listing))
     workers.run(hash_contents, tasks(), what="hashing", total=len(listing), done=done, **how)
     with (journal / "hashes.bin").open("wb") as file:
         for name in names:
-            file.write(destination.read(destination.join(records, name)))
+            file.write(files.read(files.join(records, name)))
     kept, _ = find_duplicates(np.memmap(journal / "hashes.bin", np.uint64, "r").reshape(-1, 2), journal)
     return kept
 
 
 def _digest(place: str) -> str:
     """A file by its content, so that another one under the same name is noticed."""
-    where = destination.join(place, "manifest.json") if not is_remote(place) and local_path(place).is_dir() else place
-    return f"{place} {xxhash.xxh3_64_hexdigest(destination.read(where))}"
+    where = files.join(place, "manifest.json") if not is_remote(place) and local_path(place).is_dir() else place
+    return f"{place} {xxhash.xxh3_64_hexdigest(files.read(where))}"
 
 
 def main() -> None:
@@ -237,7 +237,7 @@ def main() -> None:
     places = [place for place in (given["src"], given["dest"]) if is_remote(place)]
     disk = tempfile.gettempdir() if is_remote(given["dest"]) else given["dest"]  # an upload is written there first
     try:
-        with destination.naming(disk):
+        with files.naming(disk):
             make_shards(options=options, num_workers=given.pop("workers"), **given)
     except (ValueError, OSError, RuntimeError):
         raise

@@ -2,7 +2,6 @@
 warnings. Rank 0 speaks for all.
 """
 
-import contextlib
 import errno
 import json
 import math
@@ -14,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-# A log file on a full disk or a terminal that is gone must not end a run.
-IGNORE_LOG_ERRORS = contextlib.suppress(OSError)
+from pipeline.files import write_atomically
+from pipeline.progress import IGNORE_LOG_ERRORS, duration
 
 
 class Log:
@@ -55,7 +54,7 @@ class Log:
             self.warn({"metrics": f"cannot write {self.path}: {error}"})
         if "loss" not in values:
             return
-        step, wait, left = values["step"], values["data_wait"], _duration(values["seconds_left"])
+        step, wait, left = values["step"], values["data_wait"], duration(values["seconds_left"])
         shown = f"loss {values['loss']:.3f}  lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s"
         if self.bar is not None:
             with IGNORE_LOG_ERRORS:
@@ -105,9 +104,7 @@ def drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_atomically(path, "".join(kept).encode())
 
 
 def _rounded(name: str, value: Any) -> Any:
@@ -115,12 +112,3 @@ def _rounded(name: str, value: Any) -> Any:
     bit.
     """
     return float(f"{value:.6g}") if isinstance(value, float) and name not in ("loss", "lr") else value
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{s:02d} min"

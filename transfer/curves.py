@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import command
+from pipeline.files import writing_beside
 
 PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
     ("loss", "loss"),
@@ -79,9 +80,8 @@ def draw(run: str | Path, output: str | Path | None = None) -> Path:
         if title in ("learning rate", "images per second"):
             axes.set_ylim(bottom=0)
     path = Path(run) / "curves.png" if output is None else Path(output)
-    partial = path.with_name(path.name + ".tmp")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    with writing_beside(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     return path
 
 

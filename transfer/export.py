@@ -5,11 +5,12 @@ from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 import checkpoint
 from model.interchange import read_moco, write_moco
 from pipeline.command import command
+from pipeline.files import writing_beside
 from transfer.load import LoadedEncoder, load_encoder, weights_hash
 
 
@@ -45,16 +46,15 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
         raise ValueError("a classifier goes into the torchvision format alone")
     loaded = load_encoder(run)
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".tmp")
     if format == "torchvision":
         state = torchvision_state(loaded)
         if linear is not None:
             state |= classifier_state(linear, loaded)
-        if output.suffix == ".safetensors":
-            save_file(state, beside, metadata={"source": loaded.name, "step": str(loaded.step)})
-        else:
-            torch.save(state, beside)
-        beside.replace(output)
+        with writing_beside(output) as written:
+            if output.suffix == ".safetensors":
+                written.write(serialize(state, metadata={"source": loaded.name, "step": str(loaded.step)}))
+            else:
+                torch.save(state, written)
         return output
     if loaded.recipe is None:
         file = read_moco(run)

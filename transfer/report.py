@@ -22,6 +22,7 @@ from jsonargparse.typing import NonNegativeInt
 
 import recipe as recipes
 from pipeline.command import command
+from pipeline.files import write_atomically
 from pipeline.preview import preview
 from pipeline.sources.opening import open_source
 from recipe import Recipe
@@ -269,9 +270,7 @@ def write_report(folders: list[Path], output: Path, *, images: int = 1000) -> Pa
 </body></html>
 """
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".tmp")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(output)
+    write_atomically(output, page.encode())
     return output
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline import files as destination
+from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.listing import ListedImage, Survey, extension, is_image_name
 
@@ -31,14 +31,14 @@ def several(archives: list[str], survey: Survey) -> Iterator[ListedImage]:
                 yield from _tar(place, file, 0, "", stem if SYNSET.fullmatch(stem) else None, survey)
     if archives:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-            manifest = json.loads(destination.read(posixpath.join(posixpath.dirname(archives[0]), "manifest.json")))
+            manifest = json.loads(files.read(posixpath.join(posixpath.dirname(archives[0]), "manifest.json")))
             survey.classes = [str(name) for name in manifest["classes"]]
 
 
 @contextlib.contextmanager
 def _opened(place: str) -> Iterator[BinaryIO]:
     if is_remote(place):
-        fs, path = destination.file_system(place)
+        fs, path = files.file_system(place)
         try:
             opened = fs.open(path, "rb")
         except FileNotFoundError:

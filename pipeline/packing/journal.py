@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import files as destination
+from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.collect import SUMMARY
 from pipeline.packing.listing import Listing
@@ -30,7 +30,7 @@ OURS = r"shard-\d{6,}\.(tar|idx)|(manifest|make_shards)\.json|(rejected|duplicat
 def journal_folder(dest: str) -> Iterator[Path]:
     """The local folder with the listing: DEST/.make_shards itself, or for a remote DEST a copy of that."""
     if not is_remote(dest):
-        folder = local_path(destination.join(dest, JOURNAL))
+        folder = local_path(files.join(dest, JOURNAL))
         is_new = not folder.parent.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder.parent):
@@ -46,8 +46,8 @@ def journal_folder(dest: str) -> Iterator[Path]:
                             folder.parent.rmdir()  # if it is empty
         return
     with tempfile.TemporaryDirectory(prefix="make_shards-") as temporary:
-        if set(LISTING) <= destination.names(destination.join(dest, JOURNAL)):
-            fs, root = destination.file_system(destination.join(dest, JOURNAL))
+        if set(LISTING) <= files.names(files.join(dest, JOURNAL)):
+            fs, root = files.file_system(files.join(dest, JOURNAL))
             for name in LISTING:
                 fs.get_file(f"{root}/{name}", str(Path(temporary) / name))
         yield Path(temporary)
@@ -79,16 +79,16 @@ def _remove_leftovers(dest: Path) -> None:
 
 def begun(journal: Path, job: dict[str, Any], dest: str) -> Listing | None:
     """The listing of an interrupted run of the same job; ValueError when it was another job."""
-    records = destination.join(dest, JOURNAL)
-    there = destination.names(records)
-    before = json.loads(destination.read(destination.join(records, "job.json"))) if "job.json" in there else {}
+    records = files.join(dest, JOURNAL)
+    there = files.names(records)
+    before = json.loads(files.read(files.join(records, "job.json"))) if "job.json" in there else {}
     if before == job or (before and any(name.endswith(".json") and "shard-" in name for name in there)):
         _refuse_if_changed(before, job, dest)
         return Listing(journal)
     if not there:
         for split in ("", "train", "val") if job["holdout"] else ("",):
-            folder = destination.join(dest, split).rstrip("/")
-            if name := next((n for n in destination.names(folder) if n.endswith(".tar") or re.fullmatch(OURS, n)), ""):
+            folder = files.join(dest, split).rstrip("/")
+            if name := next((n for n in files.names(folder) if n.endswith(".tar") or re.fullmatch(OURS, n)), ""):
                 raise ValueError(f"{folder} holds {name}, which make_shards did not begin there: name another folder")
     remove_ours(dest)  # no shard is done: the mistake in the earlier command costs nothing
     return None
@@ -104,13 +104,13 @@ def _refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -
 
 def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
     """Whether `dest` is done already, with the same inputs and options; ValueError when they were others."""
-    if SUMMARY not in destination.names(dest):
+    if SUMMARY not in files.names(dest):
         return False
-    summary = json.loads(destination.read(destination.join(dest, SUMMARY)))
+    summary = json.loads(files.read(files.join(dest, SUMMARY)))
     _refuse_if_changed(summary["job"], job, dest)
     for split, count in summary["shards"].items():
-        folder = destination.join(dest, split).rstrip("/")
-        if (missing := count - sum(name.endswith(".tar") for name in destination.names(folder))) > 0:
+        folder = files.join(dest, split).rstrip("/")
+        if (missing := count - sum(name.endswith(".tar") for name in files.names(folder))) > 0:
             raise ValueError(f"{missing} of {count} shards are missing in {folder}: add --overwrite to make it anew")
     with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
         listing = write_listing(Path(folder))
@@ -126,51 +126,48 @@ def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
 
 def remove_ours(dest: str) -> None:
     """Deletes what make_shards wrote, nothing else; killed in the middle, it can be called again."""
-    if SUMMARY not in destination.names(dest) and not destination.names(destination.join(dest, JOURNAL)):
+    if SUMMARY not in files.names(dest) and not files.names(files.join(dest, JOURNAL)):
         return
-    destination.make_folder(destination.join(dest, JOURNAL))
-    destination.write(destination.join(dest, f"{JOURNAL}/job.json"), b"{}")  # of no job, and what is left is ours
-    destination.remove(destination.join(dest, SUMMARY))
+    files.make_folder(files.join(dest, JOURNAL))
+    files.write(files.join(dest, f"{JOURNAL}/job.json"), b"{}")  # of no job, and what is left is ours
+    files.remove(files.join(dest, SUMMARY))
     for split in ("", "train", "val"):
-        folder = destination.join(dest, split).rstrip("/")
-        there = destination.names(folder)
+        folder = files.join(dest, split).rstrip("/")
+        there = files.names(folder)
         if split and SUMMARY in there:
             continue  # with its own, it is another command's DEST
         for name in there:
             if re.fullmatch(OURS, name):
-                destination.remove(destination.join(folder, name))
+                files.remove(files.join(folder, name))
     remove_journal(dest)
 
 
 def remove_journal(dest: str) -> None:
-    place = destination.join(dest, JOURNAL)
+    place = files.join(dest, JOURNAL)
     if not is_remote(place):
         shutil.rmtree(local_path(place), ignore_errors=True)
-    elif destination.names(place):
-        fs, path = destination.file_system(place)
+    elif files.names(place):
+        fs, path = files.file_system(place)
         fs.rm(path, recursive=True)
 
 
 def copy_up(journal: Path, records: str) -> None:
     if is_remote(records):
-        destination.make_folder(records)
-        fs, path = destination.file_system(records)
+        files.make_folder(records)
+        fs, path = files.file_system(records)
         for name in LISTING:
             fs.put_file(str(journal / name), f"{path}/{name}")
 
 
 def finished(dest: str, shards: list[PlannedShard]) -> set[PlannedShard]:
     """The shards that have a record, and are there unless nothing was left of them."""
-    records = destination.names(destination.join(dest, JOURNAL))
+    records = files.names(files.join(dest, JOURNAL))
     splits = {shard.split for shard in shards}
-    tars = {split: destination.names(destination.join(dest, split).rstrip("/")) for split in splits}
+    tars = {split: files.names(files.join(dest, split).rstrip("/")) for split in splits}
     done = set()
     for shard in shards:
         if shard.record in records:
             there = f"shard-{shard.number:06d}.tar" in tars[shard.split]
-            if (
-                there
-                or not json.loads(destination.read(destination.join(dest, f"{JOURNAL}/{shard.record}")))["samples"]
-            ):
+            if there or not json.loads(files.read(files.join(dest, f"{JOURNAL}/{shard.record}")))["samples"]:
                 done.add(shard)
     return done

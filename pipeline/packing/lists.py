@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from pipeline import files as destination
+from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.listing import ListedImage, Survey, extension, file_size, is_image_name
 
@@ -108,7 +108,7 @@ def _parquet(place: str) -> Iterator[tuple[Row, str, str]]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{place}: reading Parquet takes pyarrow: pip install pyarrow") from None
-    source: Any = io.BytesIO(destination.read(place)) if is_remote(place) else local_path(place)
+    source: Any = io.BytesIO(files.read(place)) if is_remote(place) else local_path(place)
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             path_column, label_column = _columns(file.schema_arrow.names, place)
@@ -123,7 +123,7 @@ def _parquet(place: str) -> Iterator[tuple[Row, str, str]]:
 def _opened(place: str) -> TextIO:
     if not is_remote(place) and not local_path(place).exists():
         raise FileNotFoundError(f"no such list: {place}")
-    file: Any = io.BytesIO(destination.read(place)) if is_remote(place) else local_path(place).open("rb")
+    file: Any = io.BytesIO(files.read(place)) if is_remote(place) else local_path(place).open("rb")
     utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Windows' PowerShell writes lists
     file.seek(0)
     # -sig: without the mark that Excel begins a file with.
@@ -192,7 +192,7 @@ def class_names(place: str) -> list[str]:
     if not is_remote(place) and local_path(place).is_dir():
         place = f"{place}/manifest.json"
     if extension(place) == "json":
-        names = [str(name) for name in json.loads(destination.read(place)).get("classes", [])]
+        names = [str(name) for name in json.loads(files.read(place)).get("classes", [])]
     else:
         with _opened(place) as file:
             names = [line.strip() for line in file if line.strip()]

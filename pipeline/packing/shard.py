@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
-from pipeline import files as destination
+from pipeline import files
 from pipeline.packing.fetch import fetch
 from pipeline.packing.listing import ListedImage
 from pipeline.packing.prepare import Options, Rejected, prepare
@@ -66,15 +66,15 @@ def pack(task: PackTask) -> int:
     Its record: samples, bytes, checksum, images of each label, what was rejected and why. A shard of which nothing is
     left is not written.
     """
-    with destination.writing(task.shard) as file:
+    with files.writing(task.shard) as file:
         sink = _Sink(file)
         record, index = _write(task, sink)
         record |= {"bytes": sink.bytes, "checksum": f"xxh3_64:{sink.hash.hexdigest()}"}
-        destination.write(task.shard.removesuffix(".tar") + ".idx", format_index(index))
+        files.write(task.shard.removesuffix(".tar") + ".idx", format_index(index))
     if not record["samples"]:
-        destination.remove(task.shard)
-        destination.remove(task.shard.removesuffix(".tar") + ".idx")
-    destination.write(task.record, json.dumps(record).encode())
+        files.remove(task.shard)
+        files.remove(task.shard.removesuffix(".tar") + ".idx")
+    files.write(task.record, json.dumps(record).encode())
     return len(task.images)
 
 
@@ -158,5 +158,5 @@ def hash_contents(task: HashTask) -> int:
         content = image.name.encode("utf-8", "surrogateescape") if isinstance(contents, Rejected) else contents[0]
         hashes.append(xxhash.xxh3_128(content).digest())
         _advance(image)
-    destination.write(task.output, np.frombuffer(b"".join(hashes), np.uint64).tobytes())
+    files.write(task.output, np.frombuffer(b"".join(hashes), np.uint64).tobytes())
     return len(task.images)

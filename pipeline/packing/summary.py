@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline import files as destination
+from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.collect import CONTACT_SHEET
 from pipeline.packing.listing import Listing
@@ -37,9 +37,9 @@ def finish(
     made: dict[str, list[Shard]] = {shard.split: [] for shard in shards}
     packed = image_bytes = 0
     first = ""
-    with destination.writing(destination.join(dest, "rejected.jsonl")) as lines:
+    with files.writing(files.join(dest, "rejected.jsonl")) as lines:
         for shard in shards:
-            record = json.loads(destination.read(destination.join(records, shard.record)))
+            record = json.loads(files.read(files.join(records, shard.record)))
             for line in record["rejected"]:
                 lines.write(json.dumps(line).encode() + b"\n")
                 reasons[line["reason"]] += 1
@@ -59,14 +59,12 @@ def finish(
     if found != packed + rejected + duplicates:
         raise RuntimeError(f"found {found} != packed {packed} + rejected {rejected} + duplicates {duplicates}")
     for split, of_split in made.items():
-        folder = destination.join(dest, split).rstrip("/")
-        _save_manifest(
-            Manifest(folder, tuple(of_split), class_names(listing)), destination.join(folder, "manifest.json")
-        )
+        folder = files.join(dest, split).rstrip("/")
+        _save_manifest(Manifest(folder, tuple(of_split), class_names(listing)), files.join(folder, "manifest.json"))
     tars = [
         (s, shard.samples) for split, of in made.items() for shard in of for s in [f"{split}/{shard.path}".lstrip("/")]
     ]
-    destination.write(destination.join(dest, CONTACT_SHEET), contact_sheet(dest, tars, class_names(listing), seed))
+    files.write(files.join(dest, CONTACT_SHEET), contact_sheet(dest, tars, class_names(listing), seed))
     labels.pop("", None)
     return {
         "found": found,
@@ -94,7 +92,7 @@ def _save_manifest(manifest: Manifest, place: str) -> None:
     if not is_remote(place):
         save_manifest(manifest, local_path(place))
         return
-    with destination.writing(place) as file:
+    with files.writing(place) as file:
         here = Path(file.name).with_suffix(".json")
         save_manifest(Manifest(str(here.parent), manifest.shards, manifest.classes), here)
         file.write(here.read_bytes())
@@ -104,7 +102,7 @@ def _save_manifest(manifest: Manifest, place: str) -> None:
 def _write_duplicates(dest: str, journal: Path, listing: Listing) -> int:
     count = 0
     if (journal / "duplicates.bin").exists():
-        with destination.writing(destination.join(dest, "duplicates.jsonl")) as lines:
+        with files.writing(files.join(dest, "duplicates.jsonl")) as lines:
             for duplicate, original in duplicate_pairs(journal):
                 line = {"name": listing[duplicate].name, "same_as": listing[original].name}
                 lines.write(json.dumps(line).encode() + b"\n")
@@ -125,7 +123,7 @@ def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[
     draw = ImageDraw.Draw(sheet)
     for cell, number in enumerate(chosen):
         tar, samples = tars[i := bisect.bisect(ends, number)]
-        image, label = _sample(destination.join(dest, tar), number - ends[i] + samples)
+        image, label = _sample(files.join(dest, tar), number - ends[i] + samples)
         thumbnail = ImageOps.contain(image, (CELL - 4, CELL - 4))
         x, y = cell % across * CELL, cell // across * (CELL + CAPTION)
         sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
@@ -141,7 +139,7 @@ def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[
 
 def _sample(tar: str, row: int) -> tuple[Image.Image, str]:
     """A picture (black when it does not decode: with --no_verify it may not) and its label, "" without one."""
-    line = destination.read(tar.removesuffix(".tar") + ".idx").decode().split("\n")[row + 1].split(" ")
+    line = files.read(tar.removesuffix(".tar") + ".idx").decode().split("\n")[row + 1].split(" ")
     parts = {line[i]: (int(line[i + 1]), int(line[i + 2])) for i in range(0, len(line), 4)}
     label = _range(tar, *parts["cls"]).decode("utf-8", "replace").strip() if "cls" in parts else ""
     best = min((name for name in parts if image_rank(name) >= 0), key=image_rank, default=None)
@@ -153,7 +151,7 @@ def _sample(tar: str, row: int) -> tuple[Image.Image, str]:
 
 def _range(place: str, offset: int, size: int) -> bytes:
     if is_remote(place):
-        fs, path = destination.file_system(place)
+        fs, path = files.file_system(place)
         return bytes(fs.cat_file(path, start=offset, end=offset + size))
     with local_path(place).open("rb") as file:
         file.seek(offset)
@@ -179,7 +177,7 @@ def table(counts: dict[str, Any], dest: str, seconds: float) -> str:
         f"bytes       {counts['image_bytes']:>14,}  ({counts['image_bytes'] / counts['packed']:,.0f} an image)"
     )
     for split, number in counts["shards"].items():
-        place = destination.join(dest, split).rstrip("/")
+        place = files.join(dest, split).rstrip("/")
         lines.append(f"shards      {number:>14,}  {counts['samples'][split]:,} images in {place}")
     speed = counts["found"] / max(seconds, 1e-3)
     lines.append(f"seconds     {seconds:>14,.1f}  ({speed:,.{0 if speed > 10 else 1}f} images/s)")

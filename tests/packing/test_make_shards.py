@@ -21,9 +21,8 @@ import pytest
 import webdataset
 from PIL import Image, ImageCms, ImageDraw
 
-from pipeline import files as destination
+from pipeline import files, progress
 from pipeline import make_shards as entry_point
-from pipeline import progress
 from pipeline.command import command
 from pipeline.make_shards import make_shards
 from pipeline.packing import plan, workers
@@ -397,7 +396,7 @@ def test_another_job_after_an_interruption(
         (dest / f".make_shards/shard-00000{number}.json").unlink()
     make_some(1, holdout=0.5)  # nothing was done, so nothing is lost; and nothing is left
     assert [p.relative_to(dest) for p in dest.rglob("*.tar")] == [Path("val/shard-000000.tar")]
-    remove, removed = destination.remove, []
+    remove, removed = files.remove, []
 
     def remove_one(place: str) -> None:
         if place.endswith(".tar"):
@@ -409,7 +408,7 @@ def test_another_job_after_an_interruption(
     again: dict[str, Any] = {"options": Options(), "num_workers": 1}
     make_shards(str(image_folder), f"{scheme}{dest}", samples_per_shard=7, overwrite=True, **again)
     with monkeypatch.context() as patch:
-        patch.setattr(destination, "remove", remove_one)
+        patch.setattr(files, "remove", remove_one)
         make_some(1, overwrite=True)
     make_shards(str(image_folder), f"{scheme}{dest}", samples_per_shard=20, **again)
     make(image_folder, tmp_path / "expected", samples_per_shard=20)
@@ -459,7 +458,7 @@ def test_errors_of_file_systems_are_one_line(
     def refuse(*_: Any, **__: Any) -> None:
         raise NoCredentialsError("Unable to locate credentials")
 
-    monkeypatch.setattr(destination, "names", refuse)
+    monkeypatch.setattr(files, "names", refuse)
     monkeypatch.setattr(sys, "argv", ["make_shards", str(image_folder), "local:///nowhere/d"])
     with pytest.raises(SystemExit, match="2"):
         command(entry_point.main, resumes=True)
