@@ -4,6 +4,7 @@ A shard is a pure function of its task, so it does not matter which process pack
 beside its final name and renamed when it is whole; the record that marks it as done comes last.
 """
 
+import ctypes
 import json
 import posixpath
 import re
@@ -20,7 +21,8 @@ from pipeline.packing.listing import ListedImage
 from pipeline.packing.prepare import Options, Rejected, prepare
 from pipeline.sources.index import BLOCK, Component, format_index
 
-PROGRESS: Any = None  # in a local worker: images and bytes done, a shared array that the bar reads
+COUNTERS: "ctypes.Array[ctypes.c_longlong] | None" = None  # in a local worker: shared memory that the bar reads
+COUNTER = 0  # where this worker counts its images; its bytes are counted in the next place
 
 
 class PlannedImage(NamedTuple):
@@ -125,10 +127,9 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
 
 
 def _advance(image: ListedImage) -> None:
-    if PROGRESS is not None:
-        with PROGRESS.get_lock():
-            PROGRESS[0] += 1
-            PROGRESS[1] += max(image.size, 0)
+    if COUNTERS is not None:
+        COUNTERS[COUNTER] += 1
+        COUNTERS[COUNTER + 1] += max(image.size, 0)
 
 
 def _other_members(planned: PlannedImage, contents: list[bytes]) -> dict[str, Any]:

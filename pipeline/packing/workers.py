@@ -2,9 +2,11 @@
 
 import concurrent.futures as futures
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import threading
 import time
@@ -25,8 +27,13 @@ def warm_up() -> None:
 
 
 @contextlib.contextmanager
-def executor(workers: int, scheduler: str) -> Iterator[tuple[futures.Executor, int, Any]]:
-    """An executor, the number of its workers, and the counters of images and bytes done (None on a cluster)."""
+def executor(
+    workers: int, scheduler: str
+) -> Iterator[tuple[futures.Executor, int, "ctypes.Array[ctypes.c_longlong] | None"]]:
+    """An executor, the number of its workers, and their counters of images and bytes done (None on a cluster).
+
+    Each worker has two counters of its own and no lock: a worker killed while it held one would stop all others.
+    """
     if scheduler:
         try:
             import distributed
@@ -46,13 +53,15 @@ def executor(workers: int, scheduler: str) -> Iterator[tuple[futures.Executor, i
                 yield pool, threads, None
         return
     context = multiprocessing.get_context("forkserver")
-    progress = context.Array("q", 2)
-    with futures.ProcessPoolExecutor(workers, context, _start_worker, (progress,)) as local:
-        yield local, workers, progress
+    counters = context.RawArray("q", 2 * workers)
+    with futures.ProcessPoolExecutor(workers, context, _start_worker, (counters,)) as local:
+        yield local, workers, counters
 
 
-def _start_worker(progress: Any) -> None:
-    shard.PROGRESS = progress
+def _start_worker(counters: "ctypes.Array[ctypes.c_longlong]") -> None:
+    shard.COUNTERS = counters
+    number = int(re.split("[-:]", multiprocessing.current_process().name)[-1])  # a pool numbers its workers in a row
+    shard.COUNTER = 2 * (number % (len(counters) // 2))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def follow_parent() -> None:  # when that is killed without a word, its workers would wait for ever
@@ -78,21 +87,24 @@ def run(
         running: set[futures.Future[int]] = set()
         while True:
             while error is None and len(running) < count + AHEAD and (task := next(waiting, None)) is not None:
-                with hidden_main():  # a worker starts when the first tasks are submitted
-                    running.add(pool.submit(work, task))
+                try:
+                    with hidden_main():  # a worker starts when the first tasks are submitted
+                        running.add(pool.submit(work, task))
+                except futures.BrokenExecutor as problem:  # a worker died between two tasks
+                    error = problem
             if not running:
                 break
             finished, running = futures.wait(running, timeout=0.5, return_when=futures.FIRST_COMPLETED)
             for future in finished:
-                if (problem := future.exception()) is not None:
-                    error = error or problem
+                if (failure := future.exception()) is not None:
+                    error = error or failure
                 else:
                     finished_images += future.result()
             if counters is None:
                 progress.advance(done + finished_images - progress.done)
             else:
-                progress.note = f"{counters[1] / 1e6 / (time.monotonic() - start):.1f} MB/s"
-                progress.advance(done + counters[0] - progress.done)
+                progress.note = f"{sum(counters[1::2]) / 1e6 / (time.monotonic() - start):.1f} MB/s"
+                progress.advance(done + sum(counters[::2]) - progress.done)
     if isinstance(error, futures.BrokenExecutor):
         raise ValueError(
             "a worker process died, perhaps for lack of memory: the same command goes on where it stopped, "

@@ -1,0 +1,42 @@
+"""The pool of packing workers: a worker that dies is one clear error, whatever the pool was doing then."""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.packing import shard, workers
+
+
+def work(task: str) -> int:
+    """Counts one image of one byte, then dies by the signal that an out-of-memory killer sends, if the task says so."""
+    assert shard.COUNTERS is not None
+    shard.COUNTERS[shard.COUNTER] += 1
+    if task == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1
+
+
+def run(tasks: Iterator[str]) -> None:
+    workers.run(work, tasks, what="packing", workers=2, scheduler="", total=4, done=0)
+
+
+def test_a_worker_that_dies_between_two_tasks_is_a_clear_error() -> None:
+    def tasks() -> Iterator[str]:
+        yield "die"
+        time.sleep(3)  # the pool knows by now that it is broken and refuses the next task
+        yield "count"
+
+    with pytest.raises(ValueError, match="a worker process died"):
+        run(tasks())
+
+
+def test_counters_have_no_lock_that_a_killed_worker_could_take_with_it() -> None:
+    """A worker killed inside the lock of a shared array left the parent waiting for that lock for ever."""
+    with workers.executor(2, "") as (pool, count, counters):
+        assert count == 2 and isinstance(counters, ctypes.Array)  # not multiprocessing's wrapper with a lock
+        assert sum(pool.submit(work, "count").result() for _ in range(20)) == 20
+        assert sum(counters[::2]) == 20 and sum(counters[1::2]) == 0
