@@ -1,7 +1,7 @@
 """What lies where inside a tar shard, and the `.idx` file that remembers it.
 
-1. `index_tar` walks the headers of a tar (USTAR, GNU and PAX; members in any order) and groups its members into samples
-   by webdataset's rule: the key is the path up to the first dot of the base name, the extension what follows that dot.
+1. `index_tar` groups the members of a tar, in any order, into samples by webdataset's rule: the key is the path up to
+   the first dot of the base name, the extension what follows that dot.
 2. `format_index` gives the text format of DALI's `wds2idx`, v1.2, which `fn.readers.webdataset` reads too: a line
    `v1.2 N`, then for each sample `extension offset size name` of each of its members, offsets in bytes to the data.
 3. `read_index` turns that text into arrays: 4 ms for a shard of 10,000 samples. Keys stay in the file and are looked
@@ -11,6 +11,7 @@
 import itertools
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from urllib.parse import unquote
 import numpy as np
 
 from pipeline.pixels.formats import EXTENSIONS as IMAGE_EXTENSIONS
+from pipeline.sources.tar import BLOCK, Member, walk_tar
 
 LABEL_EXTENSION = "cls"
-BLOCK = 512
+LONGEST_INTEGER = 18  # digits of an offset or size in an index; the sum of two fits into an int64
+CLASSIFIED_TOGETHER = 1 << 16  # components of an index, to bound memory
 
 # webdataset's base_plus_ext: a base name that starts with a dot (hidden files, macOS's ._x.jpg) belongs to no sample.
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
@@ -64,126 +67,56 @@ def image_rank(extension: str) -> int:
     return len(IMAGE_EXTENSIONS) + IMAGE_EXTENSIONS.index(last) if last in IMAGE_EXTENSIONS else -1
 
 
-def index_tar(tar: str | Path | np.ndarray) -> list[list[Component]]:
+def index_tar(tar: str | Path | np.ndarray, kinds: Counter[str] | None = None) -> list[list[Component]]:
     """The samples of a tar that have an image, in the order in which their first members come.
 
     Takes a path or the tar's bytes. A key that comes again with an extension it already had (two tars concatenated)
-    begins a new sample. ValueError, with the remedy, for a tar that is compressed, cut short or damaged; NoImages.
+    begins a new sample. Sparse members are left out: their bytes in the tar are not those of the file. `kinds` counts
+    the members of each kind. ValueError, with the remedy, for a tar that is compressed, cut short or damaged; NoImages.
     """
     label = str(tar) if isinstance(tar, str | Path) else "the tar"
+    kinds = Counter() if kinds is None else kinds
     if isinstance(tar, np.ndarray):
-        samples, links = _group(_walk(np.ascontiguousarray(tar).data, label))
+        samples = _group(_members(np.ascontiguousarray(tar).data, label), kinds)
     elif Path(tar).stat().st_size == 0:
         raise ValueError(f"{label} is an empty file: fetch or write it again")
     else:
         with Path(tar).open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m, memoryview(m) as view:
             m.madvise(mmap.MADV_RANDOM)  # only headers are looked at: do not read the images between them ahead
-            samples, links = _group(_walk(view, label))
+            samples = _group(_members(view, label), kinds)
     with_image = [s for s in samples if any(image_rank(c.extension) >= 0 for c in s)]
     if not with_image:
         found = sorted({c.extension for s in samples for c in s})[:8]
         what = f"its members have the extensions {', '.join(found)}" if found else "it has no files with an extension"
-        if links:
-            what += (
-                f", and {links} members are links without data: write it with `tar --dereference --hard-dereference`"
-            )
+        if kinds["link"]:
+            what += f", and {kinds['link']} members are links without data: write it with "
+            what += "`tar --dereference --hard-dereference`"
+        if kinds["sparse"]:
+            what += f", and {kinds['sparse']} members are sparse files: write it with `tar` without `--sparse`"
         raise NoImages(f"no images in {label}: {what}; images are {' '.join(IMAGE_EXTENSIONS)}")
     return with_image
 
 
-def _group(members: Iterator[tuple[str, int, int, bytes]]) -> tuple[list[list[Component]], int]:
-    """Samples by key, however their members are spread over the tar; and the number of links, which hold no data."""
-    samples: list[list[Component]] = []
-    current: dict[str, list[Component]] = {}
-    links = 0
-    for name, offset, size, kind in members:
-        if kind in b"12":
-            links += 1
-            continue
-        match = _KEY.fullmatch(name)
-        if match is None or kind not in b"0\x007":
+def _members(data: memoryview, label: str) -> Iterator[Member]:
+    return walk_tar(lambda offset, size: bytes(data[offset : offset + size]), 0, len(data), label)
+
+
+def _group(members: Iterator[Member], kinds: Counter[str]) -> list[list[Component]]:
+    """Samples by key, however their members are spread over the tar."""
+    samples: list[dict[str, Component]] = []  # of each, its components by extension
+    current: dict[str, dict[str, Component]] = {}
+    for member in members:
+        kinds[member.kind] += 1
+        match = _KEY.fullmatch(member.name) if member.kind == "file" else None
+        if match is None:
             continue
         key, extension = match.groups()
         sample = current.get(key)
-        if sample is None or any(c.extension == extension for c in sample):
-            sample = current[key] = []
+        if sample is None or extension in sample:
+            sample = current[key] = {}
             samples.append(sample)
-        sample.append(Component(extension, offset, size, name))
-    return samples, links
-
-
-def _walk(data: memoryview, label: str) -> Iterator[tuple[str, int, int, bytes]]:
-    """Yields (name, data offset, data size, type flag) of every member, with PAX and GNU long names applied."""
-    if data[:2] == b"\x1f\x8b" or data[:4] == b"\x28\xb5\x2f\xfd" or data[:3] == b"BZh" or data[:6] == b"\xfd7zXZ\x00":
-        raise ValueError(
-            f"{label} is compressed, so single images in it cannot be reached (and images do not get smaller): "
-            "unpack it once, e.g. `gunzip shard.tar.gz`"
-        )
-    position, end = 0, len(data)
-    extended: dict[str, str] = {}
-    overall: dict[str, str] = {}
-    while position + BLOCK <= end:
-        header = bytes(data[position : position + BLOCK])
-        if header == bytes(BLOCK):
-            return  # end of archive: what may follow is padding
-        size = _number(header[124:136])
-        stored = _number(header[148:156])
-        if stored != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
-            raise ValueError(f"{label} is not a tar or is damaged: no valid header at byte {position:,} of {end:,}")
-        kind = header[156:157]
-        name = _text(header[:100])
-        if (
-            header[257:263] == b"ustar\0" and header[345] != 0
-        ):  # GNU's magic is "ustar " and its bytes 345 on mean other things
-            name = _text(header[345:500]) + "/" + name
-        begin = position + BLOCK
-        if kind not in b"xgLK":
-            name = extended.get("path", overall.get("path", name))
-            size = int(extended.get("size", size))
-        if kind in b"123456":  # links, devices, folders: nothing follows the header whatever the size says
-            size = 0
-        position = begin + (size + BLOCK - 1) // BLOCK * BLOCK
-        if begin + size > end:
-            raise ValueError(
-                f"{label} is cut short: {name} reaches to byte {begin + size:,} of {end:,}; fetch or write it again"
-            )
-        if kind in b"xg":
-            (extended if kind == b"x" else overall).update(_pax_records(bytes(data[begin : begin + size])))
-        elif kind == b"L":
-            extended["path"] = _text(bytes(data[begin : begin + size]))
-        elif kind != b"K":
-            yield name, begin, size, kind
-            extended = {}
-    if position > end or end == 0:
-        raise ValueError(f"{label} is cut short at byte {end:,}; fetch or write it again")
-    # No end-of-archive blocks: some writers leave them out, and a killed one too; the manifest's byte count tells
-    # which.
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _number(field: bytes) -> int:
-    """An octal number, or GNU's base 256 for sizes of 8 GiB and more; -1 when it is neither."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
-    try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        return -1
-
-
-def _pax_records(block: bytes) -> dict[str, str]:
-    records, position = {}, 0
-    while position < len(block):
-        digits, _, _ = block[position : position + 24].partition(b" ")
-        if not digits.isdigit() or int(digits) == 0:
-            break
-        keyword, _, value = block[position + len(digits) + 1 : position + int(digits) - 1].partition(b"=")
-        records[keyword.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-        position += int(digits)
-    return records
+        sample[extension] = Component(extension, member.offset, member.size, member.name)
+    return [list(sample.values()) for sample in samples]
 
 
 # --- the .idx file ----------------------------------------------------------------------------------------------------
@@ -204,10 +137,11 @@ def _quote(name: str) -> str:
 def read_index(content: bytes, *, samples: int = -1, size: int = -1, label: str = "the index") -> Index:
     """Arrays from the text of an `.idx`; samples without an image are left out.
 
-    `samples` and `size` (bytes of the tar) are what the manifest says, -1 when unknown; ValueError when it disagrees.
+    A sample's label is its component `cls`, or else the only one whose extension ends so (`label.cls`). `samples` and
+    `size` (bytes of the tar) are what the manifest says, -1 when unknown; ValueError when it disagrees.
     """
     text = np.frombuffer(content, dtype=np.uint8)
-    head = content[: content.find(b"\n") + 1]
+    head = content[: content.find(b"\n", 0, 40) + 1]
     version, _, count = head.partition(b" ")
     if version != b"v1.2" or not count.strip().isdigit() or not content.endswith(b"\n"):
         raise ValueError(f"{label} is not a whole index of version v1.2: delete it to have it built again")
@@ -224,17 +158,20 @@ def read_index(content: bytes, *, samples: int = -1, size: int = -1, label: str 
     lines = np.repeat(np.arange(len(line_ends)), np.diff(tokens_before) // 4)  # line of each component
     offsets = _integers(text, starts[1::4], ends[1::4], label)
     sizes = _integers(text, starts[2::4], ends[2::4], label)
-    rank, is_label = _classify(text, starts[0::4], ends[0::4])
+    rank, label_rank = _classify(text, starts[0::4], ends[0::4])
 
     # The best image of each line: sort its components by rank, keep the first. Lines come out in order.
     images = np.flatnonzero(rank >= 0)
     images = images[np.lexsort((rank[images], lines[images]))]
     rows, first = np.unique(lines[images], return_index=True)
     images = images[first]
-    labels = np.flatnonzero(is_label)
-    of_line = np.full(len(line_ends), -1, np.int64)
-    of_line[lines[labels]] = labels
-    of_row = of_line[rows]
+    of_row = np.full(len(line_ends), -1, np.int64)  # the component that is the label
+    for wanted in (1, 0):
+        candidates = np.flatnonzero(label_rank == wanted)
+        with_one, first, times = np.unique(lines[candidates], return_index=True, return_counts=True)
+        chosen = times == 1 if wanted else np.ones(len(times), bool)
+        of_row[with_one[chosen]] = candidates[first[chosen]]
+    of_row = of_row[rows]
     has_label = of_row >= 0
     index = Index(
         offsets[images],
@@ -247,12 +184,18 @@ def read_index(content: bytes, *, samples: int = -1, size: int = -1, label: str 
             f"{label} has {len(index):,} samples, the manifest says {samples:,}: they do not belong together; "
             "fetch both again, or delete them to have them rebuilt"
         )
-    reach = int((offsets + sizes).max(initial=0))
-    if size >= 0 and reach > size:
-        raise ValueError(
-            f"{label} reaches to byte {reach:,} of a tar of {size:,} bytes: it belongs to another tar; "
-            "delete the manifest and the index to have them rebuilt"
-        )
+    if size >= 0:
+        reach, least = int((offsets + sizes).max(initial=0)), int(offsets.min(initial=BLOCK))
+        if reach > size:
+            raise ValueError(
+                f"{label} reaches to byte {reach:,} of a tar of {size:,} bytes: it belongs to another tar; "
+                "delete the manifest and the index to have them rebuilt"
+            )
+        if least < BLOCK:
+            raise ValueError(
+                f"{label} is damaged: data at byte {least}, inside the first header of a tar; "
+                "delete it to have it built again"
+            )
     return index
 
 
@@ -260,29 +203,44 @@ def _integers(text: np.ndarray, starts: np.ndarray, ends: np.ndarray, label: str
     values = np.zeros(len(starts), np.int64)
     if not len(starts):
         return values
-    width = int((ends - starts).max())
-    for i in range(width):
+    widths = ends - starts
+    right = int(widths.min()) >= 1 and int(widths.max()) <= LONGEST_INTEGER
+    for i in range(int(widths.max()) if right else 0):
         inside = starts + i < ends
         digit = text[np.where(inside, starts + i, 0)].astype(np.int64) - ord("0")
-        if ((digit < 0) | (digit > 9))[inside].any():
-            raise ValueError(f"{label} is damaged: an offset or size is not a number; delete it to have it built again")
+        right = right and not ((digit < 0) | (digit > 9))[inside].any()
         values = np.where(inside, values * 10 + digit, values)
+    if not right:
+        raise ValueError(
+            f"{label} is damaged: an offset or size is not a number of 1 to {LONGEST_INTEGER} digits; "
+            "delete it to have it built again"
+        )
     return values
 
 
 def _classify(text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`image_rank` of each component, and whether it is the label: each of the shard's few extensions is looked at
-    once."""
-    if not len(starts):
-        return np.zeros(0, np.int64), np.zeros(0, bool)
-    width = min(int((ends - starts).max()), 64)
-    positions = starts[:, None] + np.arange(width)
-    letters = np.where(positions < ends[:, None], text[np.minimum(positions, len(text) - 1)], 0).astype(np.uint8)
-    kinds, kind_of = np.unique(np.ascontiguousarray(letters).view(f"S{width}").ravel(), return_inverse=True)
-    names = [kind.decode("utf-8", "replace") for kind in kinds]
-    rank = np.array([image_rank(name) for name in names], np.int64)
-    is_label = np.array([name.lower() == LABEL_EXTENSION for name in names], bool)
-    return rank[kind_of], is_label[kind_of]
+    """`image_rank` of each component; and 0 for a `cls`, 1 for another extension that ends so, -1 for others. Each of
+    the shard's few extensions is looked at once."""
+    ranks, label_ranks = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
+    for low in range(0, len(starts), CLASSIFIED_TOGETHER):
+        part = slice(low, low + CLASSIFIED_TOGETHER)
+        width = max(1, min(int((ends[part] - starts[part]).max()), 64))
+        # The last letters of each: what comes last says what a member is.
+        positions = ends[part][:, None] - np.arange(width, 0, -1)
+        letters = np.where(positions >= starts[part][:, None], text[np.maximum(positions, 0)], ord(" "))
+        kinds, kind_of = np.unique(
+            np.ascontiguousarray(letters.astype(np.uint8)).view(f"S{width}").ravel(), return_inverse=True
+        )
+        names = [kind.decode("utf-8", "replace").lstrip(" ") for kind in kinds]
+        ranks[part] = np.array([image_rank(name) for name in names], np.int64)[kind_of]
+        label_ranks[part] = np.array([_label_rank(name) for name in names], np.int64)[kind_of]
+    return ranks, label_ranks
+
+
+def _label_rank(extension: str) -> int:
+    if extension.lower() == LABEL_EXTENSION:
+        return 0
+    return 1 if extension.lower().rpartition(".")[2] == LABEL_EXTENSION else -1
 
 
 def sample_key(content: bytes, row: int) -> str:

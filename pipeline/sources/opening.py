@@ -247,7 +247,12 @@ def _build(
         if empty:
             _warn(f"{len(empty)} tars in {root} without images are left out, one is {empty[0]}")
         if beyond := sum(s.images_beyond for s in scanned.values()):
-            _warn(f"{beyond:,} images in {root} are not used: up to the first dot, they are named as another image")
+            _warn(
+                f"{beyond:,} images in {root} are not used: up to the first dot, they are named as another image; "
+                "make_shards gives each a name of its own"
+            )
+        if sparse := sum(s.sparse for s in scanned.values()):
+            _warn(f"{sparse:,} members in {root} are sparse files and not used: write the tars without `--sparse`")
         manifest = Manifest(root if beside else whole_root, shards, index_root="" if beside else str(cached))
         save_manifest(manifest, (beside or cached) / NAME)
         return manifest

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -31,6 +32,7 @@ class Scanned(NamedTuple):
     checksum: str  # "" when the tar was not read as a whole
     images_beyond: int = 0  # further images of a key, beyond the one that is used
     problem: str = ""  # why there are no samples
+    sparse: int = 0  # members with holes left out, which are not used
     index_differs: bool = False  # another .idx is there already: it was left alone, and none was written
 
 
@@ -54,8 +56,9 @@ def index_shards(
 def _index_local(job: tuple[str, Path]) -> Scanned:
     tar, index = job
     path = local_path(tar)
+    kinds: Counter[str] = Counter()
     try:
-        samples = index_tar(path)
+        samples = index_tar(path, kinds)
     except NoImages as error:
         return Scanned(0, path.stat().st_size, "", problem=str(error))
     status = path.stat()
@@ -66,28 +69,29 @@ def _index_local(job: tuple[str, Path]) -> Scanned:
         and index.read_bytes() != format_index(samples)
     ):
         return Scanned(len(samples), status.st_size, "", index_differs=True)
-    return _write(samples, index, status.st_size, "")
+    return _write(samples, kinds, index, status.st_size, "")
 
 
 def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
     tar, index = job
     data = storage.open(tar)
+    kinds: Counter[str] = Counter()
     try:
-        samples = index_tar(data)
+        samples = index_tar(data, kinds)
     except NoImages as error:
         return Scanned(0, len(data), "", problem=str(error).replace("the tar", tar, 1))
     except ValueError as error:
         raise ValueError(str(error).replace("the tar", tar, 1)) from None
-    scanned = _write(samples, index, len(data), checksum_of(data))
+    scanned = _write(samples, kinds, index, len(data), checksum_of(data))
     storage.learn(tar, scanned.bytes, scanned.checksum)
     return scanned
 
 
-def _write(samples: list[list[Component]], index: Path, size: int, checksum: str) -> Scanned:
+def _write(samples: list[list[Component]], kinds: Counter[str], index: Path, size: int, checksum: str) -> Scanned:
     index.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(index, format_index(samples))
     beyond = sum(sum(image_rank(c.extension) >= 0 for c in sample) - 1 for sample in samples)
-    return Scanned(len(samples), size, checksum, beyond)
+    return Scanned(len(samples), size, checksum, beyond, sparse=kinds["sparse"])
 
 
 def checksum_of(data: np.ndarray) -> str:

@@ -274,7 +274,7 @@ def test_interrupted_indexing_goes_on(tmp_path: Path, cache: Path, monkeypatch: 
     (tmp_path / "4.tar").write_bytes(whole)
     write_tar(tmp_path / "1.tar", [("1.jpg", picture(1)), ("7.jpg", picture(7))])  # it changed meanwhile
     indexed: list[str] = []
-    monkeypatch.setattr(scan, "index_tar", lambda tar: indexed.append(tar.name) or index_tar(tar))
+    monkeypatch.setattr(scan, "index_tar", lambda tar, kinds: indexed.append(tar.name) or index_tar(tar, kinds))
     assert open_source(str(tmp_path), workers=1).samples == 7
     assert indexed == ["1.tar", "4.tar", "5.tar"]
     assert not (tmp_path / ".scanned.jsonl").exists()
