@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.loader import any_remote, prefetch_shards, shards_ahead, usual_threads
+from pipeline.loader import usual_threads
 from pipeline.pixels import views
 from pipeline.pixels.graph import Graph
 from pipeline.pixels.views import MeanStd
-from pipeline.reading.ahead import Decoding, Item
+from pipeline.reading.ahead import Decoding, Item, ShardsAhead, any_remote, prefetch_shards
 from pipeline.reading.order import draw_of_ids, make_order
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
@@ -66,10 +66,12 @@ def eval_batches(
         return Item(samples, (rows,), reader.labels(samples.draw))
 
     def items() -> Iterator[Item]:
+        reached = -1
         for low in range(begin, end, batch_size):
             draw = draw_of_ids(source, np.arange(low, min(low + batch_size, end), dtype=np.int64))
-            if remote:
-                at = first[draw.manifest[0]] + draw.shard[0]
+            at = int(first[draw.manifest[0]] + draw.shard[0])
+            if remote and at != reached:
+                reached = at
                 prefetch_shards(source, storage, shards[at : at + EVAL_SHARDS_AHEAD])
             samples = reader.read(draw, replace=False)
             if len(samples.encoded):
@@ -115,7 +117,7 @@ def train_batches(
     reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
     order = make_order(source, batch_size, seed)
     order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
-    ahead = shards_ahead(source, world_size) if any_remote(source) else 0
+    ahead = ShardsAhead(source, storage, order, rank, world_size)
 
     def with_view(samples: Samples) -> Item:
         draw = samples.draw
@@ -128,8 +130,7 @@ def train_batches(
         step = start
         while True:
             epoch, within = divmod(step, order.steps_per_epoch)
-            if ahead:
-                prefetch_shards(source, storage, order.upcoming_shards(epoch, within, rank, world_size, ahead))
+            ahead.reach(epoch, within)
             yield with_view(reader.read(order.draw(epoch, within, rank, world_size)))
             step += 1
 

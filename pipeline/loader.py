@@ -9,28 +9,23 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from pipeline.command import command
-from pipeline.files import is_remote
 from pipeline.pixels import views as view_parameters
 from pipeline.pixels.decode import MAX_PIXELS
 from pipeline.pixels.graph import Graph
 from pipeline.progress import track
-from pipeline.reading.ahead import Decoding, Item
+from pipeline.reading.ahead import Decoding, Item, ShardsAhead
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from pipeline.sources.storage import Storage
-
-# Shards that a rank of a remote source has on their way before it needs them, when a lane is shuffled as a whole. When
-# it is shuffled in chunks, all lanes come to the next chunk at about the same time: then it is this chunk and the next.
-SHARDS_AHEAD = 64
 
 
 class Batch(NamedTuple):
@@ -87,8 +82,7 @@ class Loader:
             max_pixels=max_pixels,
             num_threads=self.num_threads,
         )
-        self._remote = any_remote(source)
-        self._ahead = shards_ahead(source, world_size)
+        self._shards_ahead = ShardsAhead(source, self._storage, self.order, rank, world_size)
         self._consumed = 0  # batches of the run so far, over all epochs
         self._decoding: Decoding | None = None
         self._views_seconds = self._wait_seconds = 0.0
@@ -115,9 +109,7 @@ class Loader:
     def _items(self, step: int) -> Iterator[Item]:
         while True:
             epoch, within = divmod(step, self.steps_per_epoch)
-            if self._remote:
-                ahead = self.order.upcoming_shards(epoch, within, self.rank, self.world_size, self._ahead)
-                prefetch_shards(self.source, self._storage, ahead)
+            self._shards_ahead.reach(epoch, within)
             draw = self.order.draw(epoch, within, self.rank, self.world_size)
             yield self._with_views(self._reader.read(draw))
             step += 1
@@ -223,26 +215,6 @@ class Loader:
             self._decoding = None
         self._reader.close()
         self._storage.close()
-
-
-def any_remote(source: Source) -> bool:
-    return any(is_remote(m.shard_url(0)) for m in source.manifests)
-
-
-def shards_ahead(source: Source, world_size: int) -> int:
-    """How many shards a rank of a remote source has on their way before it needs them."""
-    own_lanes, sources = max(1, source.lanes // world_size), len(source.manifests)
-    return 2 * own_lanes * source.chunk_shards * sources if source.chunk_shards else SHARDS_AHEAD
-
-
-def prefetch_shards(source: Source, storage: Storage, ahead: Sequence[tuple[int, int]]) -> None:
-    """Has the (manifest, shard) pairs and their indexes fetched in the background."""
-    wanted: list[str | tuple[str, int, str]] = []
-    for m, shard in ahead:
-        manifest = source.manifests[m]
-        entry = manifest.shards[shard]
-        wanted += [manifest.index_url(shard), (manifest.shard_url(shard), entry.bytes, entry.checksum)]
-    storage.prefetch(wanted)
 
 
 def usual_threads() -> int:

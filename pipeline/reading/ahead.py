@@ -10,14 +10,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from pipeline.files import is_remote
 from pipeline.pixels.graph import Graph
+from pipeline.reading.order import Order
 from pipeline.reading.reader import Samples
+from pipeline.sources.manifest import Source
+from pipeline.sources.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -146,3 +150,40 @@ class Decoding:
     def close(self) -> None:
         self._ahead.close()
         self._graph.close()
+
+
+class ShardsAhead:
+    """Has a rank's next shards and their indexes fetched in the background, where any of them is remote.
+
+    They are listed anew only when a lane begins a chunk: a list for each step would cost as much as the step itself.
+    """
+
+    def __init__(self, source: Source, storage: Storage, order: Order, rank: int, world_size: int) -> None:
+        self._source, self._storage, self._order = source, storage, order
+        self._rank, self._world_size = rank, world_size
+        self._remote = any_remote(source)
+        self._chunks: np.ndarray | None = None
+
+    def reach(self, epoch: int, step: int) -> None:
+        """To be called before this step is read."""
+        if not self._remote:
+            return
+        chunks = self._order.chunks_at(epoch, step, self._rank, self._world_size)
+        if self._chunks is None or not np.array_equal(chunks, self._chunks):
+            self._chunks = chunks
+            ahead = self._order.upcoming_shards(epoch, step, self._rank, self._world_size)
+            prefetch_shards(self._source, self._storage, ahead)
+
+
+def any_remote(source: Source) -> bool:
+    return any(is_remote(m.shard_url(0)) for m in source.manifests)
+
+
+def prefetch_shards(source: Source, storage: Storage, ahead: Sequence[tuple[int, int]]) -> None:
+    """Has the (manifest, shard) pairs and their indexes fetched in the background."""
+    wanted: list[str | tuple[str, int, str]] = []
+    for m, shard in ahead:
+        manifest = source.manifests[m]
+        entry = manifest.shards[shard]
+        wanted += [manifest.index_url(shard), (manifest.shard_url(shard), entry.bytes, entry.checksum)]
+    storage.prefetch(wanted)

@@ -11,7 +11,7 @@
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -131,44 +131,57 @@ class Order:
             counts.append(int((self._count(m, turn + self._phase) - self._count(m, self._phase)).sum()))
         return counts
 
-    def upcoming_shards(self, epoch: int, step: int, rank: int, world_size: int, count: int) -> list[tuple[int, int]]:
-        """The next (manifest, shard) pairs that this rank needs from this step on, soonest first, at most `count`."""
+    def chunks_at(self, epoch: int, step: int, rank: int, world_size: int) -> Ints:
+        """The chunks that this rank reads at this step, int64 [n, 4]: manifest, lane, the manifest's own epoch, chunk.
+
+        `upcoming_shards` changes only when they do."""
+        share = self.batch_size // world_size
+        slots = np.array([rank * share, (rank + 1) * share - 1])  # a rank's lanes lie between its first and its last
+        first_lane, last_lane = (slots * self.lanes // self.batch_size).tolist()
+        lanes = np.arange(first_lane, last_lane + 1, dtype=np.int64)
+        turn = (epoch * self.steps_per_epoch + step) * self._slots[lanes] + self._phase[lanes]
+        chunks = []
+        for m in range(len(self.counts)):
+            ordinal = self._count(m, turn) - self._count(m, self._phase[lanes])
+            own_epoch, position = np.divmod(ordinal, self._usable[m][lanes])
+            chunk = np.empty_like(lanes)
+            for e in np.unique(own_epoch).tolist():
+                mine = own_epoch == e
+                chunk[mine] = self._chunk_of(m, e, lanes[mine], position[mine])[1]
+            chunks.append(np.stack([np.full_like(lanes, m), lanes, own_epoch, chunk], 1))
+        return np.concatenate(chunks)
+
+    def upcoming_shards(self, epoch: int, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+        """The (manifest, shard) pairs that this rank needs from this step on, soonest first: those of the step, then
+        the chunk that each of its lanes reads, then the next chunk of each."""
         draw = self.draw(epoch, step, rank, world_size)
         found = dict.fromkeys(zip(draw.manifest.tolist(), draw.shard.tolist()))
-        for pair in self._chunks_ahead(epoch, step, rank, world_size):
-            if len(found) >= count:
-                break
-            found[pair] = None
-        return list(found)[:count]
+        following = []
+        for m, lane, own_epoch, chunk in self.chunks_at(epoch, step, rank, world_size).tolist():
+            shards, is_last = self._shards_of_chunk(m, lane, own_epoch, chunk)
+            found.update(dict.fromkeys((m, shard) for shard in shards))
+            following.append((m, lane, own_epoch + 1, 0) if is_last else (m, lane, own_epoch, chunk + 1))
+        for m, lane, own_epoch, chunk in following:
+            found.update(dict.fromkeys((m, shard) for shard in self._shards_of_chunk(m, lane, own_epoch, chunk)[0]))
+        return list(found)
 
-    def _chunks_ahead(self, epoch: int, step: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
-        """Shards of this rank's lanes, chunk by chunk, from the chunk that each lane reads at this step."""
-        share = self.batch_size // world_size
-        slots = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
-        lanes = np.unique(slots * self.lanes // self.batch_size)
-        turn = (epoch * self.steps_per_epoch + step) * self._slots[lanes]
-        cursors: list[tuple[int, int, int, int]] = []  # manifest, lane, epoch, chunk
-        for m in range(len(self.counts)):
-            phase = self._phase[lanes]
-            ordinal = self._count(m, turn + phase) - self._count(m, phase)
-            for lane, k in zip(lanes.tolist(), ordinal.tolist()):
-                own_epoch, position = divmod(k, int(self._usable[m][lane]))
-                starts = self._layout(m, own_epoch)[1]
-                begin = int(self._ranges[m][lane])
-                first, here = np.searchsorted(starts, [begin, begin + position], side="right") - 1
-                cursors.append((m, lane, own_epoch, int(here - first) // self._chunk(m)))
-        for _ in range(1000):  # a bound for sources whose shards are all listed before `count` is met
-            for i, (m, lane, own_epoch, chunk) in enumerate(cursors):
-                shards, starts = self._layout(m, own_epoch)
-                begin = int(self._ranges[m][lane])
-                used, end = begin + int(self._usable[m][lane]), int(self._ranges[m][lane + 1])
-                first, last_used, last = (
-                    np.searchsorted(starts, [begin, used - 1, end - 1], side="right") - 1
-                ).tolist()
-                low = first + chunk * self._chunk(m)
-                high = low + self._chunk(m)
-                yield from ((m, s) for s in shards[low : min(high, last + 1)].tolist() if self.counts[m][s])
-                cursors[i] = (m, lane, own_epoch, chunk + 1) if high <= last_used else (m, lane, own_epoch + 1, 0)
+    def _chunk_of(self, m: int, epoch: int, lane: Ints, position: Ints) -> tuple[Ints, Ints]:
+        """Place of each lane's first shard in one epoch of source m, and the number of the chunk that holds its
+        position."""
+        starts = self._layout(m, epoch)[1]
+        begin = self._ranges[m][lane]
+        first = np.searchsorted(starts, begin, side="right") - 1
+        return first, (np.searchsorted(starts, begin + position, side="right") - 1 - first) // self._chunk(m)
+
+    def _shards_of_chunk(self, m: int, lane: int, epoch: int, chunk: int) -> tuple[list[int], bool]:
+        """The shards of a chunk that have samples, and whether the lane's epoch ends with it."""
+        shards, starts = self._layout(m, epoch)
+        begin, end = self._ranges[m][lane : lane + 2].tolist()
+        used = begin + int(self._usable[m][lane])
+        first, last_used, last = (np.searchsorted(starts, [begin, used - 1, end - 1], side="right") - 1).tolist()
+        low = first + chunk * self._chunk(m)
+        high = low + self._chunk(m)
+        return [s for s in shards[low : min(high, last + 1)].tolist() if self.counts[m][s]], high > last_used
 
     def _deal(self, lane: Ints, turn: Ints) -> tuple[Ints, Ints]:
         """Which source turn `turn` of a lane belongs to, and how many turns of that lane the source had before."""
@@ -200,8 +213,7 @@ class Order:
         shards, starts = self._layout(m, epoch)
         begin, end = self._ranges[m][lane], self._ranges[m][lane + 1]
         absolute = begin + position
-        first = np.searchsorted(starts, begin, side="right") - 1
-        chunk = (np.searchsorted(starts, absolute, side="right") - 1 - first) // self._chunk(m)
+        first, chunk = self._chunk_of(m, epoch, lane, position)
         low_shard = first + chunk * self._chunk(m)
         low = np.maximum(begin, starts[low_shard])
         high = np.minimum(end, starts[np.minimum(low_shard + self._chunk(m), len(shards))])

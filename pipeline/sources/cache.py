@@ -69,6 +69,15 @@ class Cache:
         name = url.partition("?")[0].rpartition("/")[2].removesuffix(".tar")
         return self.folder / f"{name[-60:]}-{key}.tar"
 
+    def find(self, url: str, size: int, checksum: str) -> Path | None:
+        """Where the shard is, if it has been fetched; it then counts as just used, so that others go before it."""
+        path = self.path(url, size, checksum)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return path
+
     def fetch(self, url: str, size: int = -1, checksum: str = "", *, wait: bool = True) -> Path | None:
         """The local path of a shard, fetched if need be; None if another process is fetching it and `wait` is False.
 
@@ -78,8 +87,7 @@ class Cache:
         path = self.path(url, size, checksum)
         part = path.with_suffix(".part")
         while True:
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)  # the eviction's clock
+            if self.find(url, size, checksum) is not None:
                 return path
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:

@@ -176,7 +176,7 @@ class Storage:
                     continue
                 if not url.partition("?")[0].endswith(".tar"):
                     self._fetching[url] = self._pool.submit(self.read_bytes, url)
-                elif not cache.path(url, size, checksum).exists():
+                elif cache.find(url, size, checksum) is None:
                     self._fetching[url] = self._pool.submit(cache.fetch, url, size, checksum, wait=False)
 
     def learn(self, url: str, size: int, checksum: str) -> None:
