@@ -4,6 +4,8 @@
 2. Its room is set aside before the first byte comes: the shards used longest ago go, until it fits.
 3. Size and checksum are verified, the file is flushed to disk and renamed to `NAME.tar`: what has this name is whole.
 4. A process that is killed leaves a `.part` whose lock is free: the next to want the shard, or the room, takes it over.
+5. Nothing but what was written here is counted or removed: the folder is one that this program made and marked, and of
+   the files in it only those count that have a name as `Cache.path` gives.
 
 A shard that is removed while somebody reads it stays readable for them (POSIX keeps the data of an open or mapped
 file), and is fetched again by whoever opens it next. Locks are flock's, so the folder should be on a local disk.
@@ -12,8 +14,11 @@ file), and is fetched again by whoever opens it next. Locks are flock's, so the 
 import contextlib
 import fcntl
 import os
+import re
+import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +26,13 @@ import xxhash
 
 from pipeline.sources import remote
 
+FOLDER = "fetched-shards"
+# The name and first line are those of the Cache Directory Tagging Specification, so that backups leave the folder out.
+MARK_NAME = "CACHEDIR.TAG"
+MARK = b"""Signature: 8a477f597d28d172789f06886806bc55
+# Shards that moco-pipeline fetched. It removes them again when it needs the room.
+"""
+_OWN_NAME = re.compile(r".{0,60}-[0-9a-f]{16}\.(tar|part)", re.DOTALL)
 ROOM_PATIENCE = 600.0  # seconds to wait for other processes' fetches to end when they fill the cache
 
 
@@ -52,16 +64,18 @@ class Cache:
     """See the module. `limit` is in bytes. Its methods may be called from any thread."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = folder / "shards"
+        self.folder = folder / FOLDER
         self.limit = limit
         self.fetches = 0
-        self._fetcher = remote.Fetcher()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            made = _make_marked(self.folder)
         except OSError as error:
             raise ValueError(
                 f"the cache {folder} cannot be written to ({error.strerror}): name another with cache_dir"
             ) from None
+        if made:
+            _name_old_folder(folder / "shards")
+        self._fetcher = remote.Fetcher()
 
     def path(self, url: str, size: int, checksum: str) -> Path:
         """Where the shard is kept. Size and checksum are part of the name: what replaces a shard gets a new file."""
@@ -162,7 +176,7 @@ class Cache:
         files, total = [], 0
         with os.scandir(self.folder) as scan:
             for entry in scan:
-                if entry.name.endswith((".tar", ".part")) and entry.name != own.name:
+                if _OWN_NAME.fullmatch(entry.name) and entry.name != own.name and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(FileNotFoundError):
                         status = entry.stat()
                         files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
@@ -184,6 +198,45 @@ class Cache:
 
     def close(self) -> None:
         self._fetcher.close()
+
+
+def _make_marked(folder: Path) -> bool:
+    """Makes the folder with its mark in it, at once, so that no other process sees it without; True when it was not
+    there. ValueError when a folder of this name is there that this program did not make."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = folder / MARK_NAME
+    if mark.is_file() and mark.read_bytes() == MARK:
+        return False
+    beside = folder.with_name(f".{FOLDER}-{uuid.uuid4().hex}")
+    beside.mkdir()
+    try:
+        (beside / MARK_NAME).write_bytes(MARK)
+        beside.rename(folder)  # takes the place of nothing, or of an empty folder
+        return True
+    except OSError:
+        (beside / MARK_NAME).unlink(missing_ok=True)
+        beside.rmdir()
+        if mark.is_file() and mark.read_bytes() == MARK:  # another process was faster
+            return False
+        if folder.exists():
+            raise ValueError(
+                f"{folder} was not made by this program (it has no {MARK_NAME} of it), so it is not used as a cache: "
+                "move it away, or name another folder with cache_dir"
+            ) from None
+        raise
+
+
+def _name_old_folder(folder: Path) -> None:
+    """Says once that shards which earlier versions fetched lie there unused. Files of the user may be among them, which
+    those versions could not tell apart, so none is deleted."""
+    old = [p for p in folder.glob("*.tar") if _OWN_NAME.fullmatch(p.name)]
+    if old:
+        print(
+            f"note: {folder} holds {len(old):,} shards that an earlier version fetched, "
+            f"{sum(p.stat().st_size for p in old) / 1e9:.3f} GB: they are not used any more; delete them yourself if "
+            "nothing of yours is among them",
+            file=sys.stderr,
+        )
 
 
 def _same_size(url: str, expected: int) -> int:

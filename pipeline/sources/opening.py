@@ -264,13 +264,18 @@ def _scan(
     """Writes the indexes into `folder`, and a journal there while it lasts."""
     journal = folder / ".scanned.jsonl"
     done: dict[str, Scanned] = {}
+    written: set[str] = set()  # tars whose index was written here
     if journal.exists():
         lines = journal.read_text().split("\n")[:-1]  # the last may have been cut short
         known = {tuple(tar): Scanned(*found) for tar, found in map(json.loads, lines)}
         done = {tar[0]: known[tar] for tar in tars if tar in known}
+        written = {tar[0] for tar, found in known.items() if found.samples and not found.index_differs}
     rest = [tar for tar in tars if tar[0] not in done]
     urls = [join(root, name) for name, _, _ in rest]
     indexes = [folder / index_name(name.partition("?")[0]) for name, _, _ in rest]
+    for tar, index in zip(rest, indexes):
+        if tar[0] in written:  # the tar has changed since: this index is of no use, and nobody else's
+            index.unlink(missing_ok=True)
     with journal.open("a") as f:
         found = index_shards(urls, indexes, storage, workers=workers, progress=progress)
         for tar, scanned in zip(rest, found):

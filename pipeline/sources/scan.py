@@ -62,12 +62,9 @@ def _index_local(job: tuple[str, Path]) -> Scanned:
     except NoImages as error:
         return Scanned(0, path.stat().st_size, "", problem=str(error))
     status = path.stat()
-    # An index as new as its tar that says something else is somebody's own; an older one is of use to nobody.
-    if (
-        index.exists()
-        and index.stat().st_mtime_ns >= status.st_mtime_ns
-        and index.read_bytes() != format_index(samples)
-    ):
+    # One that says something else is somebody's own, for other members or another grouping; or it is of an older tar,
+    # which its date does not tell, since copying changes dates.
+    if index.exists() and index.read_bytes() != format_index(samples):
         return Scanned(len(samples), status.st_size, "", index_differs=True)
     return _write(samples, kinds, index, status.st_size, "")
 

@@ -288,3 +288,13 @@ def test_tars_in_several_folders(tmp_path: Path, cache: Path) -> None:
     assert [s.path for s in source.manifests[0].shards] == ["a/0.tar", "b/0.tar"]
     assert [key for key, _, _ in contents(source)] == ["a", "b"]
     assert not list(tmp_path.glob("*/*.idx"))
+
+
+def test_an_index_of_somebody_else_is_kept_however_old_it_is(tmp_path: Path, cache: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("1.jpg", picture(1))])
+    own = b"v1.2 1\njpg 512 100 0.jpg\n"
+    (tmp_path / "0.idx").write_bytes(own)
+    os.utime(tmp_path / "0.idx", (0, 0))
+    assert open_source(str(tmp_path), workers=1).samples == 2
+    assert (tmp_path / "0.idx").read_bytes() == own
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.idx", "0.tar", "cache"]

@@ -13,6 +13,7 @@ import pytest
 from conftest import REPOSITORY, cpu_environment
 
 from pipeline.sources import remote
+from pipeline.sources.cache import FOLDER
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source, load_manifest
 from pipeline.sources.opening import open_source
@@ -199,7 +200,7 @@ def test_training_batches_are_those_of_the_local_shards(serve: Serve, shards_dir
         loader = Loader(source, batch_size=6, image_size=32, num_threads=1, **cache)  # type: ignore[arg-type]
         batches.append([next(loader) for _ in range(2 * loader.steps_per_epoch)])
         loader.close()
-    assert max(sum(p.stat().st_size for p in (tmp_path / "cache" / "shards").iterdir()), 1) <= room
+    assert max(sum(p.stat().st_size for p in (tmp_path / "cache" / FOLDER).iterdir()), 1) <= room
     for far, near in zip(*batches, strict=True):
         assert far.sample_ids.tolist() == near.sample_ids.tolist()
         assert bool((far.query == near.query).all() and (far.key == near.key).all())

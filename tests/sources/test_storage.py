@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, cpu_environment
 
-from pipeline.sources.cache import Cache
+from pipeline.sources.cache import FOLDER, Cache
 from pipeline.sources.scan import checksum_of
 from pipeline.sources.storage import Storage
 
@@ -93,7 +93,7 @@ def put(memory: object, name: str, size: int = 1000) -> tuple[str, int, str]:
 
 
 def cached(folder: Path) -> list[str]:
-    return sorted(p.name.partition("-")[0] for p in (folder / "shards").iterdir() if p.suffix == ".tar")
+    return sorted(p.name.partition("-")[0] for p in (folder / FOLDER).iterdir() if p.suffix == ".tar")
 
 
 def test_cache_is_bounded_and_forgets_what_was_used_longest_ago(tmp_path: Path, memory: object) -> None:
@@ -134,7 +134,7 @@ def test_wrong_bytes_are_refused(tmp_path: Path, memory: object) -> None:
         cache.fetch(url, 500)
     with pytest.raises(FileNotFoundError, match="no such object"):
         cache.fetch("memory://none.tar", 500, checksum)
-    assert list((tmp_path / "shards").glob("*.part")) == []
+    assert list((tmp_path / FOLDER).glob("*.part")) == []
     assert cache.fetch(url, size, checksum) is not None
 
 
@@ -188,7 +188,7 @@ def test_killed_while_fetching(tmp_path: Path) -> None:
             command = [sys.executable, "-c", FETCH, str(tmp_path / "cache"), url, "30000000", checksum_of(content)]
             pipes = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE, "text": True}
             first = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
-            part = wait_for(tmp_path / "cache" / "shards", "*.part")
+            part = wait_for(tmp_path / "cache" / FOLDER, "*.part")
             second = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
             assert second.stdout.readline() == "ready\n"
             time.sleep(0.5)
@@ -196,7 +196,7 @@ def test_killed_while_fetching(tmp_path: Path) -> None:
             first.send_signal(signal.SIGKILL)
             assert first.communicate()[0] == "ready\n"
             assert second.communicate(timeout=60)[0] == "fetched\n"
-            (tar,) = (tmp_path / "cache" / "shards").glob("*.tar")
+            (tar,) = (tmp_path / "cache" / FOLDER).glob("*.tar")
             assert tar.read_bytes() == content.tobytes()
             assert not part.exists()
         finally:
@@ -214,9 +214,64 @@ def wait_for(folder: Path, pattern: str) -> Path:
 
 def test_what_a_killed_process_left_makes_room(tmp_path: Path, memory: object) -> None:
     cache = Cache(tmp_path, 2500)
-    (tmp_path / "shards" / "old-0123.part").write_bytes(bytes(2000))
+    (tmp_path / FOLDER / "old-0123456789abcdef.part").write_bytes(bytes(2000))
     cache.fetch(*put(memory, "a.tar"))
-    assert sorted(p.name for p in (tmp_path / "shards").glob("*.part")) == []
+    assert sorted(p.name for p in (tmp_path / FOLDER).glob("*.part")) == []
+
+
+def test_nothing_of_the_users_is_removed(tmp_path: Path, memory: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """Own tars where earlier versions kept theirs, and where the cache is now: they stay, and take no room from it."""
+    for folder in ("shards", FOLDER):
+        cache = Cache(tmp_path, 2500)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        own = [tmp_path / folder / name for name in ("only-copy.tar", "photos-2024.part", "b-0123456789abcdef.tar.gz")]
+        for file in own:
+            file.write_bytes(bytes(2000))
+        os.utime(own[0], (0, 0))
+        for name in "abcd":
+            cache.fetch(*put(memory, f"{name}.tar"))
+        assert all(file.stat().st_size == 2000 for file in own)
+        assert {"c", "d"} <= set(cached(tmp_path)) and not {"a", "b"} & {
+            p.name.partition("-")[0] for p in (tmp_path / FOLDER).glob("*.tar") if len(p.stem) == 18
+        }
+    assert capsys.readouterr().err == ""  # no old cache there
+
+
+def test_a_folder_that_the_cache_did_not_make_is_not_used(tmp_path: Path, memory: object) -> None:
+    (tmp_path / FOLDER).mkdir()
+    Cache(tmp_path, 2500)  # empty: nothing to lose
+    (tmp_path / "own" / FOLDER).mkdir(parents=True)
+    file = tmp_path / "own" / FOLDER / "a-0123456789abcdef.tar"
+    file.write_bytes(bytes(10))
+    with pytest.raises(ValueError, match=r"own/fetched-shards was not made by this program.*cache_dir"):
+        Cache(tmp_path / "own", 2500)
+    assert [p.name for p in (tmp_path / "own").rglob("*")] == [FOLDER, file.name]
+
+
+def test_an_old_cache_is_named_once_and_kept(
+    tmp_path: Path, memory: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shards").mkdir()
+    for name in ("only-copy.tar", "a-0123456789abcdef.tar", "b-0123456789abcdef.tar"):
+        (tmp_path / "shards" / name).write_bytes(bytes(3_000_000))
+    for _ in range(2):
+        Cache(tmp_path, 2500).fetch(*put(memory, "c.tar"))
+    said = capsys.readouterr().err
+    assert said.count("note:") == 1
+    assert f"{tmp_path}/shards holds 2 shards that an earlier version fetched, 0.006 GB" in said
+    assert len(list((tmp_path / "shards").iterdir())) == 3
+
+
+def test_what_is_asked_for_ahead_is_not_removed_for_it(tmp_path: Path, memory: object) -> None:
+    shards = [put(memory, f"{name}.tar") for name in "abcd"]
+    storage = Storage(cache_dir=str(tmp_path), cache_bytes=3500)
+    for url, size, checksum in shards[:3]:
+        storage.read(url, 0, 10, bytes=size, checksum=checksum)
+        time.sleep(0.01)
+    storage.prefetch([shards[0], shards[2], shards[3]])
+    storage.read(shards[3][0], 0, 10, bytes=shards[3][1], checksum=shards[3][2])
+    assert cached(tmp_path) == ["a", "c", "d"]  # b, though a was used longest ago
+    storage.close()
 
 
 @pytest.mark.slow
