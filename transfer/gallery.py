@@ -22,6 +22,7 @@ from pipeline.reading.order import draw_of_ids
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
+from pipeline.sources.scan import read_index_text
 from pipeline.sources.storage import Storage
 from transfer.knn import extract, nearest
 from transfer.load import LoadedEncoder, load_encoder
@@ -36,7 +37,7 @@ def original(source: Source, storage: Storage, sample_id: int) -> Image.Image:
     """The sample's image as it lies in its shard, upright, RGB."""
     place = draw_of_ids(source, np.array([sample_id], np.int64))
     manifest, shard, row = source.manifests[int(place.manifest[0])], int(place.shard[0]), int(place.row[0])
-    index = read_index(storage.read_bytes(manifest.index_url(shard)))
+    index = read_index(read_index_text(manifest, shard, storage))
     start, size = int(index.offsets[row]), int(index.sizes[row])
     return picture(storage.open(manifest.shard_url(shard))[start : start + size])
 

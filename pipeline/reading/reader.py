@@ -24,6 +24,7 @@ from pipeline.reading.order import Draw
 from pipeline.reading.quarantine import Quarantine
 from pipeline.sources.index import Index, read_index, sample_key
 from pipeline.sources.manifest import Source
+from pipeline.sources.scan import read_index_text
 from pipeline.sources.storage import Storage
 
 INDEX_CACHE_BYTES = 128 << 20
@@ -209,7 +210,7 @@ class Reader:
             line = {
                 "source": self.source.names[m],
                 "shard": manifest.shards[shard].path,
-                "key": sample_key(self.storage.read_bytes(manifest.index_url(shard)), row),
+                "key": sample_key(read_index_text(manifest, shard, self.storage), row),
                 "sample_id": sample_id,
                 "reason": reason,
             }
@@ -289,10 +290,7 @@ class Reader:
             return place
         manifest = self.source.manifests[m]
         entry, url = manifest.shards[shard], manifest.index_url(shard)
-        try:
-            content = self.storage.read_bytes(url)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no index {url}: open the data again to have it rebuilt") from None
+        content = read_index_text(manifest, shard, self.storage)
         index = read_index(content, samples=entry.samples, size=entry.bytes, label=url)
         place = Place(manifest.shard_url(shard), entry.bytes, entry.checksum, index)
         self._places[m, shard] = place

@@ -12,7 +12,7 @@ from pipeline.files import is_remote
 from pipeline.pixels.decode import BadImage
 from pipeline.pixels.screen import verify
 from pipeline.progress import track
-from pipeline.sources.index import image_rank, index_tar, read_index
+from pipeline.sources.index import format_index, image_rank, index_tar, read_index
 from pipeline.sources.scan import FETCHES, checksum_of, in_processes, map_ahead
 from pipeline.sources.storage import Storage
 
@@ -65,7 +65,11 @@ def _check(storage: Storage, shard: Expected) -> list[str]:
         if shard.checksum and (found := checksum_of(data)) != shard.checksum:
             return [f"{shard.tar}: checksum {found}, the manifest says {shard.checksum}: fetch or write it again"]
         samples = index_tar(data)
-        index = read_index(storage.read_bytes(shard.idx), samples=shard.samples, size=shard.bytes, label=shard.idx)
+        try:
+            text = storage.read_bytes(shard.idx)
+        except FileNotFoundError:  # then it is built in the cache when it is needed: from the same tar, as here
+            text = format_index(samples)
+        index = read_index(text, samples=shard.samples, size=shard.bytes, label=shard.idx)
     except (ValueError, OSError) as error:
         return [str(error) if str(error).startswith(shard.tar) else f"{shard.tar}: {error}"]
     best = [min((c for c in s if image_rank(c.extension) >= 0), key=lambda c: image_rank(c.extension)) for s in samples]

@@ -16,12 +16,13 @@ import xxhash
 from pipeline.files import is_remote, write_atomically
 
 FORMAT = 1
+LARGEST = 1 << 56  # bytes or samples of a shard; more is damage, and sums of it would not fit into an int64
 NAME = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    path: str  # relative to the manifest's root; or absolute, or a URL
+    path: str  # relative to the manifest's root, and inside it
     samples: int
     bytes: int  # of the tar
     checksum: str = ""  # "xxh3_64:<16 hex digits>" of the tar, "" when unknown
@@ -105,10 +106,16 @@ def parse_manifest(content: bytes, url: str) -> Manifest:
         shards = tuple(head["shards"]) if made_by == FORMAT else ()
         if not all(isinstance(shard, Shard) for shard in shards):
             raise TypeError("a shard without a path")
-        root = head.get("root", folder)
-        manifest = Manifest(root, shards, tuple(head.get("classes", ())), index_root=folder if root != folder else "")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{url} is not a manifest ({error!r}): delete it to have it built again") from error
+        root, classes = head.get("root", folder), head.get("classes", [])
+        if not isinstance(root, str) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+            raise TypeError("root and classes are texts")
+        manifest = Manifest(root, shards, tuple(classes), index_root=folder if root != folder else "")
+    except RecursionError:
+        raise ValueError(
+            f"{url} is not a manifest (it is nested too deeply): delete it to have it built again"
+        ) from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{url} is not a manifest ({_short(error)}): delete it to have it built again") from None
     if made_by != FORMAT:
         raise ValueError(f"{url} has format {made_by}, this program reads {FORMAT}: update the one that is older")
     if not shards or min(s.samples for s in shards) < 1 or manifest.samples != head.get("samples", manifest.samples):
@@ -116,14 +123,32 @@ def parse_manifest(content: bytes, url: str) -> Manifest:
             f"{url} does not add up: {len(shards)} shards with {manifest.samples if shards else 0:,} samples, "
             f"{head.get('samples')} announced, none may be empty; delete it to have it built again"
         )
+    if (outside := next((s.path for s in shards if _leads_out(s.path)), None)) is not None:
+        raise ValueError(
+            f"{url} names {outside}, which is outside {root}: a manifest may only name shards inside; name others "
+            "with --data or in a YAML card"
+        )
     return manifest
+
+
+def _leads_out(path: str) -> bool:
+    return path.startswith("/") or is_remote(path) or (".." in path and ".." in path.split("/"))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(repr(error).split())[:200]
 
 
 def _shard_or_head(entry: dict[str, Any]) -> Any:
     """Turns each line into a Shard as it is parsed: 100,000 dictionaries at once would take more room than all else."""
     if "path" not in entry:
         return entry
-    return Shard(entry["path"], int(entry["samples"]), int(entry["bytes"]), entry.get("checksum", ""))
+    shard = Shard(entry["path"], int(entry["samples"]), int(entry["bytes"]), entry.get("checksum", ""))
+    if not isinstance(shard.path, str) or not isinstance(shard.checksum, str):
+        raise TypeError("path and checksum are texts")
+    if not max(shard.samples, shard.bytes) < LARGEST or shard.bytes < 0:
+        raise ValueError(f"{shard.samples} samples in {shard.bytes} bytes")
+    return shard
 
 
 @dataclass(frozen=True)

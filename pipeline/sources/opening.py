@@ -173,6 +173,8 @@ def _compare(manifest: Manifest, folder: Path, storage: Storage, workers: int, p
         )
     lacking = [i for i, path in enumerate(paths) if index_name(path) not in present]
     lacking = [i for i in lacking if not Path(manifest.index_url(i)).exists()]  # those in other folders
+    if not os.access(folder, os.W_OK):
+        return  # each is built in the cache when its shard is read
     tars, indexes = [manifest.shard_url(i) for i in lacking], [Path(manifest.index_url(i)) for i in lacking]
     scanned = list(index_shards(tars, indexes, storage, workers=workers, progress=progress))
     for tar, shard, found in zip(tars, (manifest.shards[i] for i in lacking), scanned):
@@ -212,6 +214,8 @@ def _merge(parts: list[Manifest]) -> Manifest:
 
 def _open_tars(names: list[str], storage: Storage, workers: int, progress: bool) -> Manifest:
     """Single tars: a part of their folder's manifest, if there is one that has them."""
+    if not is_remote(names[0]):  # `..` in a path would lead out of the folder that the indexes are kept in
+        names = [str(Path(n).parent.resolve() / Path(n).name) if ".." in n.split("/") else n for n in names]
     root, paths = split_root(names)
     manifest = _existing(root, storage) if all("/" not in path for path in paths) else None
     if manifest is not None:

@@ -16,7 +16,9 @@ import xxhash
 
 from pipeline.files import is_remote, local_path, write_atomically
 from pipeline.progress import track
-from pipeline.sources.index import Component, NoImages, format_index, image_rank, index_tar
+from pipeline.sources.cache import locked
+from pipeline.sources.index import Component, NoImages, format_index, image_rank, index_tar, read_index
+from pipeline.sources.manifest import Manifest
 from pipeline.sources.storage import Storage
 
 T = TypeVar("T")
@@ -82,6 +84,30 @@ def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
     scanned = _write(samples, kinds, index, len(data), checksum_of(data))
     storage.learn(tar, scanned.bytes, scanned.checksum)
     return scanned
+
+
+def read_index_text(manifest: Manifest, shard: int, storage: Storage) -> bytes:
+    """The text of a shard's `.idx`. Where there is none it is built from the tar and kept in the cache, for the tar of
+    this size and checksum: nothing is written where the shard is.
+
+    ValueError when the tar is not as the manifest says, or cannot be indexed."""
+    with contextlib.suppress(FileNotFoundError):
+        return storage.read_bytes(manifest.index_url(shard))
+    tar, entry = manifest.shard_url(shard), manifest.shards[shard]
+    tar_now = f"{tar}\n{entry.bytes}\n{entry.checksum}\n{entry.samples}"
+    key = xxhash.xxh3_128_hexdigest(tar_now.encode("utf-8", "surrogateescape"))
+    built = storage.cache_dir / "indexes" / f"{key}.idx"
+    with locked(storage.cache_dir / "locks" / f"index-{key}"):
+        if not built.exists():
+            data = storage.open(tar, bytes=entry.bytes, checksum=entry.checksum)
+            try:
+                text = format_index(index_tar(data))
+            except ValueError as error:
+                raise ValueError(str(error).replace("the tar", tar, 1)) from None
+            read_index(text, samples=entry.samples, size=entry.bytes, label=f"what is in {tar}")
+            built.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(built, text)
+    return built.read_bytes()
 
 
 def _write(samples: list[list[Component]], kinds: Counter[str], index: Path, size: int, checksum: str) -> Scanned:

@@ -195,10 +195,14 @@ def test_a_shard_cut_short_under_the_reader(image_folder: Path, tmp_path: Path) 
 
 
 def test_a_missing_index(image_folder: Path, tmp_path: Path) -> None:
+    """It is built anew, in the cache, as where a remote source lacks one."""
     source = healthy(image_folder, tmp_path / "s")
+    whole = Reader(source, Storage()).read(as_draw(source, 0)).encoded[0]
     (tmp_path / "s" / "shard-000000.idx").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no index .*shard-000000\.idx"):
-        Reader(source, Storage()).read(as_draw(source, 0))
+    reader = Reader(source, Storage(cache_dir=str(tmp_path / "cache")))
+    assert np.array_equal(reader.read(as_draw(source, 0)).encoded[0], whole)
+    assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1
+    assert not (tmp_path / "s" / "shard-000000.idx").exists()
 
 
 def test_the_index_cache_is_bounded(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from pipeline import manifest
 from pipeline.sources.index import Component, format_index, index_tar, read_index, sample_key
 from pipeline.sources.manifest import Manifest, Shard, load_manifest, save_manifest
 from pipeline.sources.opening import open_source
+from pipeline.sources.scan import read_index_text
+from pipeline.sources.storage import Storage
 
 CARDS = sorted((REPOSITORY / "shards").glob("*.yaml"))
 
@@ -83,6 +86,67 @@ def test_manifests_that_are_wrong(folder: Path, spoil: object, message: str) -> 
     path.write_text("{")
     with pytest.raises(ValueError, match=r"not a manifest.*delete it"):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda head: head["shards"][0].update(samples=10**30),
+        lambda head: head["shards"][0].update(samples=float("inf")),
+        lambda head: head["shards"][0].update(bytes=-1),
+        lambda head: head["shards"][0].update(path=["a.tar"]),
+        lambda head: head["shards"][0].update(checksum=5),
+        lambda head: head.update(root=5),
+        lambda head: head.update(classes=5),
+        lambda head: head.update(path="a", samples=1, bytes=1),
+        lambda head: head.update(more=[]) or head["more"].append("DEEP"),
+    ],
+)
+def test_a_strange_manifest_is_one_line_that_names_it(
+    folder: Path, spoil: Callable[[dict[str, object]], object]
+) -> None:
+    path = folder / "manifest.json"
+    head = json.loads(path.read_text())
+    spoil(head)
+    path.write_text(json.dumps(head).replace('"DEEP"', "[" * 200_000 + "]" * 200_000))
+    with pytest.raises(ValueError, match=r"copy/manifest.json is not a manifest \(.*delete it") as caught:
+        open_source(str(folder))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "way", ["../{}/secret.tar", "part/../../{}/secret.tar", "{root}/{}/secret.tar", "memory://secret.tar"]
+)
+def test_a_manifest_leads_nowhere_else(folder: Path, tmp_path: Path, way: str) -> None:
+    """Shards of another folder are read only where the user names them, and nothing is written beside them."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    shutil.copy(folder / "shard-000000.tar", secret / "secret.tar")
+    head = json.loads((folder / "manifest.json").read_text())
+    path = way.format("secret", root=tmp_path)
+    head["shards"][0]["path"] = path
+    (folder / "manifest.json").write_text(json.dumps(head))
+    with pytest.raises(
+        ValueError, match=r"copy/manifest.json names .*secret.tar, which is outside .*copy: .*YAML card"
+    ):
+        open_source(str(folder))
+    # Named by the user, with `..` or not, it is read; its index goes into the cache.
+    for data in (f"{folder}/../secret/secret.tar", f"{folder}/{{../secret/secret,shard-000001}}.tar"):
+        assert open_source(data).samples in (15, 30)
+    assert [p.name for p in secret.iterdir()] == ["secret.tar"]
+    indexes = {p.parent.parent for p in tmp_path.rglob("secret.idx")} | {
+        p.parent.parent.parent for p in tmp_path.rglob("secret/secret.idx")
+    }
+    assert all("manifests" in p.parts for p in indexes), indexes
+
+
+def test_indexes_of_a_folder_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (folder / "shard-000002.idx").read_bytes()
+    (folder / "shard-000002.idx").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    source = open_source(str(folder))
+    assert not (folder / "shard-000002.idx").exists()
+    assert read_index_text(source.manifests[0], 2, Storage()) == whole
 
 
 def test_index_text(tmp_path: Path) -> None:

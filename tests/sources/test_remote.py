@@ -2,21 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, cpu_environment
 
+from pipeline.reading.order import make_order
+from pipeline.reading.reader import Reader
 from pipeline.sources import remote
 from pipeline.sources.cache import FOLDER
+from pipeline.sources.check import Expected, check_shards, fresh_storage
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source, load_manifest
 from pipeline.sources.opening import open_source
+from pipeline.sources.scan import read_index_text
 from pipeline.sources.storage import Storage
 
 Serve = Callable[..., str]
@@ -128,6 +134,42 @@ def test_other_peoples_remote_shards(serve: Serve, shards_dir: Path, tmp_path: P
     storage = Storage(cache_dir=str(tmp_path / "cache"))
     assert len(images(source, storage)) == local.samples
     assert storage.fetches == 0
+    storage.close()
+
+
+@pytest.mark.parametrize("kind", ["http", "s3"])
+def test_a_missing_index_of_a_remote_source_is_built_in_the_cache(
+    serve: Serve, shards_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    """As for a local source, and each shard is still fetched once; the manifest tells whether it is the right tar."""
+    far = Path(shutil.copytree(shards_dir, tmp_path / "far"))
+    whole = (far / "shard-000001.idx").read_bytes()
+    (far / "shard-000001.idx").unlink()
+    url, cache = serve(kind, far), str(tmp_path / "cache")
+    source = open_source(url, cache_dir=cache)
+    order = make_order(source, 20, 0)
+    for fetches in (4, 0):
+        storage = Storage(cache_dir=cache)
+        reader = Reader(source, storage)
+        seen = [int(i) for step in range(3) for i in reader.read(order.draw(0, step)).draw.sample_ids]
+        assert sorted(seen) == list(range(60)) and storage.fetches == fetches
+        reader.close()
+        storage.close()
+    (built,) = (tmp_path / "cache" / "indexes").iterdir()
+    assert built.read_bytes() == whole
+    expected = [
+        Expected(m.shard_url(i), m.index_url(i), s.samples, s.bytes, s.checksum)
+        for m in source.manifests
+        for i, s in enumerate(m.shards)
+    ]
+    with fresh_storage(expected, cache) as storage:
+        assert list(check_shards(expected, storage, workers=1, progress=False)) == []
+    # A manifest that announces another number of samples for it.
+    shards = list(source.manifests[0].shards)
+    shards[1] = replace(shards[1], samples=14)
+    storage = Storage(cache_dir=cache)
+    with pytest.raises(ValueError, match=r"what is in .*shard-000001.tar has 15 samples, the manifest says 14"):
+        read_index_text(replace(source.manifests[0], shards=tuple(shards)), 1, storage)
     storage.close()
 
 
