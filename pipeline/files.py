@@ -53,10 +53,16 @@ def writing_beside(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        rename(beside, path)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def rename(complete: Path, path: Path) -> None:
+    """Gives a complete file, or a folder, its final name in one step. A file there is replaced; a folder only when it
+    is empty, else OSError."""
+    complete.replace(path)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

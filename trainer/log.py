@@ -7,14 +7,11 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pipeline.files import write_atomically
-from pipeline.progress import IGNORE_LOG_ERRORS, duration
+from pipeline.progress import IGNORE_LOG_ERRORS, Progress, duration
 
 
 class Log:
@@ -23,20 +20,16 @@ class Log:
     """
 
     def __init__(self, run_dir: Path, *, step: int, total: int, enabled: bool) -> None:
-        self.path, self.total, self.enabled, self.printed = run_dir / "metrics.jsonl", total, enabled, 0.0
+        self.path, self.total, self.enabled, self.printed = run_dir / "metrics.jsonl", total, enabled, False
         self.said: set[str] = set()
-        self.bar: tqdm[Any] | None = None
-        if not enabled:
-            return
-        drop_lines_after(self.path, step)
-        if sys.stderr.isatty() and sys.stdout.isatty():  # `| tee log` gets the plain lines
-            shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"  # with the figures, 80 columns
-            self.bar = tqdm(total=total, initial=step, dynamic_ncols=True, bar_format=shape)
+        shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"  # with the figures, 80 columns
+        label = "training" if enabled and sys.stdout.isatty() else ""  # `| tee log` gets the plain lines
+        self.progress = Progress(label, total, unit="steps", done=step, lines=False, bar_format=shape)
+        if enabled:
+            drop_lines_after(self.path, step)
 
     def step(self) -> None:
-        if self.bar is not None:
-            with IGNORE_LOG_ERRORS:
-                self.bar.update()
+        self.progress.advance()
 
     def write(self, values: dict[str, Any]) -> None:
         if not self.enabled:
@@ -56,11 +49,10 @@ class Log:
             return
         step, wait, left = values["step"], values["data_wait"], duration(values["seconds_left"])
         shown = f"loss {values['loss']:.3f}  lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s"
-        if self.bar is not None:
-            with IGNORE_LOG_ERRORS:
-                self.bar.set_postfix_str(f"{shown}  wait {wait:.0%}  {left} left")
-        elif time.monotonic() - self.printed > 10 or step == self.total:
-            self.printed = time.monotonic()
+        if self.progress.bar is not None:
+            self.progress.note = f"{shown}  wait {wait:.0%}  {left} left"
+        elif self.progress.is_due() or not self.printed or step == self.total:
+            self.printed = True
             where = f"step {step}/{self.total}  epoch {values['epoch']:.2f}"
             self.say(f"{where}  {shown}  data wait {wait:.0%}  {left} left")
 
@@ -72,23 +64,21 @@ class Log:
         return any(row["step"] == step and field in row for row in rows)
 
     def say(self, text: str) -> None:
-        if self.enabled:
+        if self.progress.bar is not None:
+            self.progress.say(text)
+        elif self.enabled:
             with IGNORE_LOG_ERRORS:
-                tqdm.write(text, file=sys.stdout if self.bar is None else sys.stderr)
-                sys.stdout.flush()
+                print(text, flush=True)
 
     def warn(self, found: dict[str, str]) -> None:
         """kind -> text; each kind is said once in a process."""
         for kind, text in found.items():
             if self.enabled and kind not in self.said:
                 self.said.add(kind)
-                with IGNORE_LOG_ERRORS:
-                    tqdm.write(f"warning: {text}", file=sys.stderr)
+                self.progress.say(f"warning: {text}")
 
     def close(self) -> None:
-        if self.bar is not None:
-            with IGNORE_LOG_ERRORS:
-                self.bar.close()
+        self.progress.close()
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 import struct
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,6 @@ from pipeline.packing.prepare import Rejected
 from pipeline.sources import remote
 
 TOGETHER = 32  # remote requests in flight
-ATTEMPTS = 4  # of a remote read, before it is an error
 OPEN_ARCHIVES = 64
 ZIP_HEADER = 30
 LARGEST_MEMBER = 1 << 30  # bytes that a member of a zip may unpack to: there are zip bombs
@@ -117,10 +115,10 @@ def _checked(content: bytes | BaseException) -> bytes:
 
 
 def _remote(parts: list[Part]) -> list[bytes | BaseException]:
-    """All parts at once; what failed otherwise than by not being there is asked for again, a second later each time."""
+    """All parts at once; what failed otherwise than by not being there is asked for again."""
     contents: list[bytes | BaseException] = [OSError("not read yet")] * len(parts)
     waiting = list(range(len(parts)))
-    for attempt in range(ATTEMPTS):
+    for is_last in remote.tries(parts[0].path):
         for _, members in itertools.groupby(waiting, key=lambda i: parts[i].path.partition("://")[0]):
             numbers = list(members)
             fs, _ = file_system(parts[numbers[0]].path)
@@ -133,10 +131,9 @@ def _remote(parts: list[Part]) -> list[bytes | BaseException]:
         waiting = [i for i in waiting if isinstance(contents[i], Exception) and not remote.is_final(contents[i])]
         if not waiting:
             break
-        if attempt + 1 == ATTEMPTS:
-            i = waiting[0]
-            raise OSError(f"{parts[i].path} could not be read in {ATTEMPTS} attempts: {remote.reason(contents[i])}")
-        time.sleep(attempt + 1)
+        if is_last:
+            url, problem = parts[waiting[0]].path, remote.reason(contents[waiting[0]])
+            raise OSError(f"{url}: given up after {remote.TRIES} tries, the last: {problem}")
     return contents
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import xxhash
 
+from pipeline import files
 from pipeline.sources import remote
 
 FOLDER = "fetched-shards"
@@ -117,7 +118,7 @@ class Cache:
                     continue
                 try:
                     self._fill(url, size, checksum, part, descriptor)
-                    part.rename(path)
+                    files.rename(part, path)
                 except BaseException:
                     part.unlink(missing_ok=True)
                     raise
@@ -194,7 +195,7 @@ class Cache:
     def rename(self, url: str, size: int, checksum: str) -> None:
         """A shard that was fetched with nothing known about it: now this is known."""
         with contextlib.suppress(FileNotFoundError):
-            self.path(url, -1, "").rename(self.path(url, size, checksum))
+            files.rename(self.path(url, -1, ""), self.path(url, size, checksum))
 
     def close(self) -> None:
         self._fetcher.close()
@@ -211,7 +212,7 @@ def _make_marked(folder: Path) -> bool:
     beside.mkdir()
     try:
         (beside / MARK_NAME).write_bytes(MARK)
-        beside.rename(folder)  # takes the place of nothing, or of an empty folder
+        files.rename(beside, folder)  # takes the place of nothing, or of an empty folder
         return True
     except OSError:
         (beside / MARK_NAME).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import functools
 import os
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
@@ -68,7 +68,7 @@ def is_final(error: object) -> bool:
 def retry(url: str, request: Callable[[], T], stop: threading.Event | None = None) -> T:
     """What `request` returns. FileNotFoundError when it is not there, ValueError when not allowed, OSError after
     TRIES failures."""
-    for attempt in range(TRIES):
+    for is_last in tries(url, stop):
         try:
             return request()
         except Exception as error:  # each file system has its own kinds
@@ -76,12 +76,21 @@ def retry(url: str, request: Callable[[], T], stop: threading.Event | None = Non
                 raise FileNotFoundError(f"no such object: {url}") from None
             if is_final(error):
                 raise ValueError(f"{url}: {reason(error)}; check the address and your credentials") from error
-            if attempt == TRIES - 1:
+            if is_last:
                 raise OSError(f"{url}: given up after {TRIES} tries, the last: {reason(error)}") from error
-            pause = min(0.2 * 2**attempt, 15) * random.uniform(0.5, 1)
-            if (stop or threading.Event()).wait(pause):
-                raise InterruptedError(f"{url}: closed while fetching") from None
     raise AssertionError
+
+
+def tries(url: str, stop: threading.Event | None = None) -> Iterator[bool]:
+    """How often all of the program asks a server: TRIES times, with growing pauses. Yields whether this is the last.
+
+    InterruptedError, which names `url`, when `stop` is set during a pause.
+    """
+    for attempt in range(TRIES):
+        yield attempt == TRIES - 1
+        pause = min(0.2 * 2**attempt, 15) * random.uniform(0.5, 1)
+        if attempt < TRIES - 1 and (stop or threading.Event()).wait(pause):
+            raise InterruptedError(f"{url}: closed while fetching")
 
 
 def reason(error: object) -> str:

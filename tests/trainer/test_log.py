@@ -43,12 +43,13 @@ def test_a_warning_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_the_bar_of_a_long_run_has_room_for_what_matters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
-    log = Log(tmp_path, step=123_456, total=1_250_000, enabled=True)
+    log = Log(tmp_path, step=123_455, total=1_250_000, enabled=True)
     numbers = {"step": 123_457, "epoch": 0.1, "loss": 10.98, "lr": 0.029912, "data_wait": 0.1234}
     log.write(numbers | {"images_per_second": 12345.6, "seconds_left": 5.5 * 86400})
-    assert log.bar is not None
-    log.bar.dynamic_ncols, log.bar.ncols = None, 80
-    shown = str(log.bar)
+    log.step()
+    bar = log.progress.bar
+    bar.dynamic_ncols, bar.ncols = None, 80
+    shown = str(bar)
     log.close()
     assert len(shown) == 80
     assert "123456/1250000, loss 10.980  lr 0.0299  12346 img/s  wait 12%  5 d 12 h" in shown
