@@ -1,4 +1,4 @@
-"""What a user writes to name data: YAML source cards, and brace patterns. Nothing here looks at the data itself.
+"""What a user writes to name data: YAML source cards, and brace patterns. The data itself is not opened here.
 
 A card lists sources with weights: of all images that training sees, each source contributes its weight's share.
 
@@ -12,12 +12,13 @@ A card lists sources with weights: of all images that training sees, each source
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from pipeline.files import is_remote
+from pipeline.files import is_remote, local_path
 
 
 class Entry(NamedTuple):
@@ -66,13 +67,15 @@ def _entry(entry: Any, card: Path, where: str) -> Entry:
     if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
         raise ValueError(f"{where}: needs `data:`, which is a folder, tars or a URL")
     _known_keys(entry, {"data", "weight", "name"}, where)
-    data = os.path.expandvars(entry["data"])
-    if "$" in data:
-        raise ValueError(f"{where}: {data} names an environment variable that is not set")
+    data = entry["data"]
+    if not (card.parent / local_path(data)).exists():
+        data = os.path.expandvars(data)
+        if "$" in data:
+            raise ValueError(f"{where}: {data} names an environment variable that is not set")
+    if not is_remote(data) and not data.startswith("pipe:"):  # which is refused later
+        data = str(card.parent / local_path(data))
     if is_card(data):
         raise ValueError(f"{where}: {data} is a card itself; list its sources here instead")
-    if not is_remote(data) and not data.startswith("pipe:"):  # which is refused later
-        data = str(card.parent / Path(data).expanduser())
     weight = entry.get("weight")
     if weight is not None and not (type(weight) in (int, float) and math.isfinite(weight) and weight > 0):
         raise ValueError(
@@ -93,29 +96,38 @@ def _whole_number(value: Any, what: str) -> int | None:
 
 
 def is_card(data: str) -> bool:
-    return data.endswith((".yaml", ".yml"))
+    return data.endswith((".yaml", ".yml")) and not is_folder(data)
+
+
+def is_folder(data: str) -> bool:
+    """A folder may be named as anything else is: photos.tar, cards.yaml, [v2]."""
+    return not is_remote(data) and local_path(data).is_dir()
 
 
 def is_pattern(data: str) -> bool:
-    """Braces and *; locally also ? and [, which mean other things in a URL."""
-    return re.search(r"[*{]" if is_remote(data) else r"[*{?\[]", data) is not None
+    """Braces and *; locally also ? and [, which mean other things in a URL. What is there locally is no pattern."""
+    if is_remote(data):
+        return re.search(r"[*{]", data) is not None
+    return re.search(r"[*{?\[]", data) is not None and not local_path(data).exists()
 
 
 def is_tar(data: str) -> bool:
-    return re.search(r"\.tar(\?|$)", data) is not None
+    return re.search(r"\.tar(\?|$)" if is_remote(data) else r"\.tar$", data) is not None and not is_folder(data)
 
 
 def is_compressed(data: str) -> bool:
-    return re.search(r"\.(tgz|tar\.(gz|bz2|xz|zst))(\?|$)", data) is not None
+    return re.search(r"\.(tgz|tar\.(gz|bz2|xz|zst))(\?|$)", data) is not None and not is_folder(data)
 
 
 def short_name(data: str) -> str:
     """The folder's name, for logs: `in1m` of `/data/in1m/{000..127}.tar`."""
+    if is_folder(data):
+        return local_path(data).name or data
     folder = re.sub(r"/[^/]*(\.tar(\?.*)?|[*{\[][^/]*)$", "", data.rstrip("/"))
     return folder.rpartition("/")[2] or data
 
 
-def split_root(names: list[str]) -> tuple[str, list[str]]:
+def split_root(names: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The deepest folder that all of the names are in, and the names below it."""
     parts = [name.split("/")[:-1] for name in names]
     depth = next((i for i, level in enumerate(zip(*parts)) if len(set(level)) > 1), min(map(len, parts)))

@@ -64,7 +64,9 @@ class Manifest:
 
     def index_url(self, shard: int) -> str:
         path = self.shards[shard].path
-        return index_name(join(self.index_root or self.root, path))
+        if not self.index_root:
+            return index_name(join(self.root, path))
+        return index_name(join(self.index_root, path.partition("?")[0] if is_remote(self.root) else path))
 
 
 def join(root: str, path: str) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import braceexpand
 import xxhash
 
 from pipeline.files import is_remote, local_path
@@ -127,11 +126,21 @@ def _open_manifest(data: str, storage: Storage, workers: int, progress: bool) ->
         raise ValueError(
             f"{data} is compressed, so single images in it cannot be reached: unpack it once with gunzip or the like"
         )
-    if is_pattern(data) or is_tar(data):
-        names = [name for pattern in braceexpand.braceexpand(data) for name in storage.glob(pattern)]
-        if all(is_tar(name) for name in names):
-            return _open_tars(names, storage, workers, progress)
-        return _merge([_open_manifest(name, storage, workers, progress) for name in names])
+    names = storage.glob(data) if is_pattern(data) else [data]
+    if all(is_tar(name) for name in names):
+        return _open_tars(names, storage, workers, progress)
+    if not is_pattern(data):
+        return _open_folder(data, storage, workers, progress)
+    parts = []
+    for name in names:  # which are no patterns, whatever they look like
+        if is_tar(name):
+            parts.append(_open_tars([name], storage, workers, progress))
+        else:
+            parts.append(_open_folder(name, storage, workers, progress))
+    return _merge(parts)
+
+
+def _open_folder(data: str, storage: Storage, workers: int, progress: bool) -> Manifest:
     folder = data.rstrip("/") or "/"
     if not is_remote(data) and not local_path(data).is_dir():
         raise FileNotFoundError(f"no such folder: {data}")
@@ -212,7 +221,7 @@ def _merge(parts: list[Manifest]) -> Manifest:
     return Manifest(root, tuple(replace(s, path=path) for s, path in zip(shards, paths)), parts[0].classes)
 
 
-def _open_tars(names: list[str], storage: Storage, workers: int, progress: bool) -> Manifest:
+def _open_tars(names: Sequence[str], storage: Storage, workers: int, progress: bool) -> Manifest:
     """Single tars: a part of their folder's manifest, if there is one that has them."""
     if not is_remote(names[0]):  # `..` in a path would lead out of the folder that the indexes are kept in
         names = [str(Path(n).parent.resolve() / Path(n).name) if ".." in n.split("/") else n for n in names]
@@ -276,7 +285,7 @@ def _scan(
         written = {tar[0] for tar, found in known.items() if found.samples and not found.index_differs}
     rest = [tar for tar in tars if tar[0] not in done]
     urls = [join(root, name) for name, _, _ in rest]
-    indexes = [folder / index_name(name.partition("?")[0]) for name, _, _ in rest]
+    indexes = [folder / index_name(name.partition("?")[0] if is_remote(root) else name) for name, _, _ in rest]
     for tar, index in zip(rest, indexes):
         if tar[0] in written:  # the tar has changed since: this index is of no use, and nobody else's
             index.unlink(missing_ok=True)

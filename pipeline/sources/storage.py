@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import braceexpand
 import numpy as np
 
 from pipeline.files import is_remote, local_path
@@ -226,16 +227,23 @@ class Storage:
         return sorted((name, s.st_size, str(s.st_mtime_ns)) for name, s in entries)
 
     def glob(self, pattern: str) -> Sequence[str]:
-        """What a pattern matches, sorted; what is no pattern comes back as it is. FileNotFoundError when
-        nothing matches."""
+        """The names that a pattern of braces, *, ? and [] gives, in its order; locally, what is there under exactly
+        this name, and folders that lead to the pattern, are taken as they are. A name without * ? [] is given whether
+        it is there or not. FileNotFoundError when nothing matches."""
+        expanded: Sequence[tuple[str, Sequence[str]]]
         if is_remote(pattern):
-            names = remote.glob(pattern) if "*" in pattern else [pattern]
+            expanded = [(p, remote.glob(p) if "*" in p else [p]) for p in _braces(pattern)]
         else:
-            path = str(local_path(pattern))
-            names = sorted(glob.glob(path)) if glob.has_magic(path) else [path]  # noqa: PTH207 (absolute patterns)
-        if not names:
-            raise FileNotFoundError(f"nothing matches {pattern}")
-        return names
+            path = local_path(pattern)
+            if path.exists():
+                return [str(path)]
+            folder = next(f for f in path.parents if f.is_dir() or f == f.parent)
+            rest = str(path.relative_to(folder))
+            expanded = [(str(folder / p), _glob_below(folder, p)) for p in _braces(rest)]
+        for name, found in expanded:
+            if not found:
+                raise FileNotFoundError(f"nothing matches {name}")
+        return [name for _, found in expanded for name in found]
 
     def stat(self, root: str, paths: Sequence[str]) -> Sequence[tuple[str, int, str]]:
         """As `list`, for given files below `root`. FileNotFoundError naming the first that is not there."""
@@ -250,6 +258,19 @@ class Storage:
             status = tar.stat()
             found.append((path, status.st_size, str(status.st_mtime_ns)))
         return found
+
+
+def _braces(pattern: str) -> Sequence[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError:  # braces that do not close
+        return [pattern]
+
+
+def _glob_below(folder: Path, pattern: str) -> Sequence[str]:
+    if (folder / pattern).exists() or not glob.has_magic(pattern):
+        return [str(folder / pattern)]
+    return [str(folder / name) for name in sorted(glob.glob(pattern, root_dir=folder))]  # noqa: PTH207 (any folder name)
 
 
 def check_size(url: str, size: int, expected: int) -> None:

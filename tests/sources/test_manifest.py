@@ -247,6 +247,51 @@ def test_ways_to_name_local_data(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not (folder / "manifest.json").exists()  # of two shards of four
 
 
+AWKWARD = [
+    "with [brackets]",
+    "{braces}",
+    "{a,b}",
+    "{open",
+    "star*",
+    "what?",
+    "ends.tar",
+    "ends.yaml",
+    "ends.tar.gz",
+    "$HOME",
+]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("tar", ["a.tar", "{0..1}[x]*?.tar"])
+def test_a_path_that_exists_is_no_pattern(folder: Path, tmp_path: Path, name: str, tar: str) -> None:
+    """As --data, in a card, in a card in such a folder, with a pattern below it; the folder, and a tar in it."""
+    awkward = tmp_path / name
+    awkward.mkdir()
+    shutil.copy(folder / "shard-000000.tar", awkward / tar)
+    shutil.copy(folder / "shard-000001.tar", awkward / f"{tar[:-4]}~.tar")
+    assert open_source(str(awkward / tar)).samples == 15
+    source = open_source(str(awkward))
+    assert source.samples == 30 and source.names == (name,)
+    storage = Storage()
+    for i in range(2):
+        assert storage.read_bytes(source.manifests[0].index_url(i)) == (folder / f"shard-00000{i}.idx").read_bytes()
+    assert open_source(f"{awkward}/").fingerprint == source.fingerprint
+    assert open_source(f"file://{awkward}").fingerprint == source.fingerprint
+    assert open_source(f"{awkward}/*.tar").samples == 30
+    card = awkward / "card.yaml"
+    for data, samples in ((f"../{name}", 30), (tar, 15), ("*.tar", 30), (f"../{name}/{tar}", 15)):
+        card.write_text(json.dumps({"sources": [{"data": data}]}))
+        assert open_source(str(card)).samples == samples, data
+
+
+def test_patterns_that_are_not_there(folder: Path, tmp_path: Path) -> None:
+    """Braces that expand to themselves ended in a RecursionError."""
+    for data in ("{a}", "[v2]", "{open", "star*", "what?", "{copy}"):
+        with pytest.raises(FileNotFoundError, match=r"nothing matches|no such folder"):
+            open_source(str(tmp_path / data))
+    assert open_source(f"{tmp_path}/[c]opy").samples == 60
+
+
 def test_folders_as_one_source(folder: Path, tmp_path: Path) -> None:
     """Parts that were packed by several machines: each a folder with its manifest."""
     shutil.copytree(folder, tmp_path / "part-0")

@@ -173,6 +173,16 @@ def test_a_missing_index_of_a_remote_source_is_built_in_the_cache(
     storage.close()
 
 
+def test_signed_urls(serve: Serve, shards_dir: Path, tmp_path: Path) -> None:
+    """A query is part of the address and not of the index's name, which may be no longer than a file name."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(shards_dir / "shard-000000.tar", bare / "a.tar")
+    url = f"{serve('http', bare)}/a.tar?X-Signature={'0123456789' * 40}"
+    source = open_source(url, cache_dir=str(tmp_path / "cache"), progress=False)
+    assert source.samples == 15 and Path(source.manifests[0].index_url(0)).is_file()
+
+
 def test_processes_share_a_cache(serve: Serve, shards_dir: Path, tmp_path: Path) -> None:
     """Three ranks on a machine read everything at once, in different orders: each byte is fetched once for all."""
     url = serve("http", shards_dir, "--latency", "0.05")
