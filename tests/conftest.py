@@ -1,12 +1,14 @@
 """Fixtures for every test: small image folders made here, real photographs where present, real ranks."""
 
+import contextlib
+import multiprocessing.process
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,13 +21,51 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}  # audit events
+PROCESS_FIXTURES = {"run_ranks", "runs", "serve"}
+_guarded = False
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "gpu" in item.keywords:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """`make check` leaves out the tests marked `process` because these are slow, so the mark has to be right: a test
+    without it fails where it, or a fixture of it, starts a process."""
+    global _guarded
+    _guarded = "process" not in item.keywords
+    try:
+        return (yield)
+    finally:
+        _guarded = False
+
+
+def _refuse_process(event: str, arguments: Any) -> None:
+    if _guarded and event in STARTS:
+        pytest.fail(f"a test that is not marked `process` starts one: {event} {str(arguments)[:200]}")
+
+
+def _start_seen(process: multiprocessing.process.BaseProcess) -> None:
+    if _guarded:
+        pytest.fail("a test that is not marked `process` starts one by multiprocessing")
+    _start(process)
+
+
+sys.addaudithook(_refuse_process)
+_start = multiprocessing.process.BaseProcess.start
+multiprocessing.process.BaseProcess.start = _start_seen  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")
@@ -70,12 +110,39 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"))
 
 
+@contextlib.contextmanager
+def packing_here() -> Iterator[None]:
+    """make_shards does its tasks one after the other in this process, without starting workers."""
+    from pipeline.packing import workers
+
+    def run(work: Callable[[Any], int], tasks: Iterable[Any], **_: Any) -> None:
+        for task in tasks:
+            work(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "run", run)
+        patch.setattr(workers, "warm_up", lambda: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def packs_here_unless_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "process" in request.keywords or "pipeline.packing.workers" not in sys.modules:
+        yield
+    else:
+        with packing_here():
+            yield
+
+
 @pytest.fixture(scope="session")
 def shards_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`image_folder` through make_shards: four shards of 15."""
+    from pipeline.make_shards import make_shards
+    from pipeline.packing.prepare import Options
+
     destination = tmp_path_factory.mktemp("made") / "shards"
-    command = [sys.executable, "-m", "pipeline.make_shards", str(image_folder), str(destination)]
-    subprocess.run([*command, "--samples_per_shard", "15", "--workers", "1"], check=True, cwd=REPOSITORY, timeout=120)
+    with packing_here():
+        make_shards(str(image_folder), str(destination), options=Options(), samples_per_shard=15)
     return destination
 
 

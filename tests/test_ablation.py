@@ -128,6 +128,7 @@ def test_goes_on_after_an_interruption(
     assert "no shuffle BN" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"exit code 3 .*(?s:.)*the reason"):
         ablation.call(

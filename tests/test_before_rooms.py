@@ -40,6 +40,7 @@ def shards_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".tar", ".idx")}
 
 
+@pytest.mark.process
 def test_half_packed_folder_goes_on(before: Path) -> None:
     done = (before / "half" / "shard-000000.tar").stat().st_mtime_ns
     shutil.rmtree(PACKED_FROM.parent, ignore_errors=True)
@@ -54,6 +55,7 @@ def test_half_packed_folder_goes_on(before: Path) -> None:
     assert (before / "half" / "manifest.json").read_bytes() == (before / "shards" / "manifest.json").read_bytes()
 
 
+@pytest.mark.process
 def test_finished_folder_is_complete(before: Path) -> None:
     summary = before / "shards" / "make_shards.json"
     content = json.loads(summary.read_text())
@@ -65,6 +67,7 @@ def test_finished_folder_is_complete(before: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["shards", "foreign"])
+@pytest.mark.process
 def test_manifest_and_indexes_are_used_as_they_are(before: Path, name: str) -> None:
     files = {path: path.read_bytes() for path in sorted((before / name).iterdir())}
     result = run("pipeline.manifest", before / name, "--check")

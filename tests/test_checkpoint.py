@@ -84,6 +84,7 @@ def test_a_snapshot_does_not_follow_the_training() -> None:
     assert copy["a"][0].sum() == copy["b"][1].sum() == 0
 
 
+@pytest.mark.process
 def test_a_write_that_fails_is_a_warning_and_the_old_one_stays(tmp_path: Path) -> None:
     """A file size limit stands in for the full disk: the write fails half-way in the same place."""
     script = f"""

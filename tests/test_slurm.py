@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("begun", "training", "code", "requeued"),

@@ -196,6 +196,7 @@ def test_accelerate_launch_on_two_machines(shards_dir: Path, undisturbed: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_told_launcher_leaves_no_rank_behind(shards_dir: Path, tmp_path: Path) -> None:
     """`accelerate launch` dies of a SIGTERM without telling its child, which must save and end all the same."""
     out = tmp_path / "left"
@@ -215,6 +216,7 @@ def test_a_told_launcher_leaves_no_rank_behind(shards_dir: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_torchrun_script_forwards_signals_and_ends_with_0(shards_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "script"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -13,6 +13,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
+pytestmark = pytest.mark.process
+
+
 def end(body: str, *, shell: str = "{}", **more: object) -> subprocess.CompletedProcess[str]:
     """Runs a command whose main has this body."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())

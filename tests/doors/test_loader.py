@@ -162,6 +162,7 @@ def run_killed(shards_dir: Path, folder: Path, steps: int) -> subprocess.Popen[b
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_kill_and_resume(shards_dir: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle, twice; the same command again goes on with the same ids and the same pixels."""
     for kills_at in (20, 70):
@@ -257,6 +258,7 @@ def run_loader(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.process
 def test_command(shards_dir: Path) -> None:
     result = run_loader("--data", shards_dir, "--batch_size", "12", "--image_size", "32")
     assert result.returncode == 0, result.stderr

@@ -35,6 +35,7 @@ def test_other_recipes(shards_dir: Path, tmp_path: Path, views: str) -> None:
         assert sheet.size[0] == 3 * CELL + 4 * GAP
 
 
+@pytest.mark.process
 def test_command_and_its_errors(shards_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline.preview", "--output", str(tmp_path / "views.png"), "--count", "2"]
     for data, code in ((str(shards_dir), 0), (str(tmp_path / "nowhere"), 2)):

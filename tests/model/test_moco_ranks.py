@@ -9,6 +9,8 @@ import torch
 from moco_runs import BATCH, QUEUE, of_ranks, train
 from test_moco import algorithm_1
 
+pytestmark = pytest.mark.process
+
 WORLDS = [2, 4]
 alone = cache(train)
 

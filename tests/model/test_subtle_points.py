@@ -126,6 +126,7 @@ def test_point_08_wrapping_keeps_every_key() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.process
 def test_point_09_queue_holds_the_keys_of_all_ranks(world: int) -> None:
     results = [r["non_finite"] for r in of_ranks(world)]
     assert {r["ptr"] for r in results} == {4 * world - 1}  # one of them is not finite
@@ -147,6 +148,7 @@ def test_point_10_queue_starts_the_same_on_all_ranks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.process
 def test_point_10_a_difference_is_noticed(world: int) -> None:
     for r in of_ranks(world):
         assert f"rank {world - 1}: queue" in r["check"]
@@ -154,6 +156,7 @@ def test_point_10_a_difference_is_noticed(world: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.process
 def test_point_11_permutation_is_the_same_on_all_ranks(world: int) -> None:
     """Unshuffle after shuffle is the identity, though the ranks' random states differ."""
     assert all(r["shuffles"]["back"] for r in of_ranks(world))
@@ -161,6 +164,7 @@ def test_point_11_permutation_is_the_same_on_all_ranks(world: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.process
 def test_point_12_shuffle_mixes_across_ranks(world: int) -> None:
     """1 / W of the samples stay on their rank; a permutation inside each rank would keep all."""
     for r in of_ranks(world):
@@ -181,6 +185,7 @@ def test_point_12_shuffle_mixes_across_groups() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.process
 def test_point_13_query_gradients_are_those_of_one_process(world: int) -> None:
     one = train("moco", groups=world, steps=1)["gradients"]
     assert len(one) == len(list(small_encoder().parameters()))
@@ -260,6 +265,7 @@ def test_point_19_channels_last_changes_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.process
 def test_point_22_parameters_are_equal_across_ranks(world: int) -> None:
     """After every step through DDP: a forward past it would leave each rank with its own gradients."""
     first, *others = (r["moco"]["parameters"] for r in of_ranks(world))

@@ -363,6 +363,7 @@ def run_file(*arguments: str | Path, cwd: Path) -> "subprocess.CompletedProcess[
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.process
 def test_as_a_file_from_elsewhere(image_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     result = run_file(image_folder, "out", "--samples_per_shard", 15, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -468,6 +469,7 @@ def test_errors_of_file_systems_are_one_line(
     )
 
 
+@pytest.mark.process
 def test_progress_in_a_log_file(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,8 @@ from pipeline.command import command as end_by
 from pipeline.make_shards import make_shards
 from pipeline.packing.prepare import Options
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 COPIES = 10  # of the image folder in the list: enough work to be interrupted
 

@@ -10,6 +10,8 @@ import pytest
 
 from pipeline.packing import shard, workers
 
+pytestmark = pytest.mark.process
+
 
 def work(task: str) -> int:
     """Counts one image of one byte, then dies by the signal that an out-of-memory killer sends, if the task says so."""

@@ -132,6 +132,7 @@ print("end")
 """
 
 
+@pytest.mark.process
 def test_bombs_are_refused_in_milliseconds_without_memory() -> None:
     """64 MiB more than the process has are refused to it; each bomb asks for 0.4 GB at least."""
     command = [sys.executable, "-c", BOMBS_SCRIPT, str(Path(__file__).parent)]
@@ -149,6 +150,7 @@ def test_the_limit_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
             decode(as_array(content), area - 1)
 
 
+@pytest.mark.process
 def test_no_file_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = tmp_path / "started"
     programs = tmp_path / "programs"

@@ -192,6 +192,7 @@ def test_kernels_know_the_columns() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_gpu_kernels_arithmetic_in_triton_s_interpreter() -> None:
     """On the CPU, against kernels_cpu: the same bytes, and within a level where there is a blur."""
     pytest.importorskip("triton")
@@ -202,6 +203,7 @@ def test_the_gpu_kernels_arithmetic_in_triton_s_interpreter() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_gpu_kernels_compile_for_hopper_without_one() -> None:
     pytest.importorskip("triton")
     if os.uname().machine != "x86_64":

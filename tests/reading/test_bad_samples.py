@@ -95,6 +95,7 @@ def test_photographs_with_one_in_ten_troublesome(troublesome: list[Path], photos
     assert all(line["reason"] and line["key"] and line["shard"].endswith(".tar") for line in lines)
 
 
+@pytest.mark.process
 def test_max_bad_fraction_ends_the_run(troublesome: list[Path], image_folder: Path, tmp_path: Path) -> None:
     files, _ = mixed(troublesome, sorted(image_folder.rglob("*.jpg")))
     data = write_shards(tmp_path / "shards", files, 100)
@@ -250,6 +251,7 @@ print(*peaks)
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_memory_is_bounded(troublesome: list[Path], image_folder: Path, tmp_path: Path) -> None:
     """Bombs of 4 gigapixels cost nothing, and later epochs need no more than the first."""
     good = sorted(image_folder.rglob("*.jpg"))

@@ -340,6 +340,7 @@ def run_order(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.process
 def test_command(shards_dir: Path) -> None:
     asked = ["--data", shards_dir, "--batch_size", "8", "--seed", "3", "--epoch", "1", "--start", "2", "--steps", "3"]
     lines = [json.loads(line) for line in run_order(*asked).stdout.splitlines()]
@@ -350,6 +351,7 @@ def test_command(shards_dir: Path) -> None:
     assert quality["pairs_of"] == "class" and 0.3 < quality["ideal"] < 0.34 and 0.5 < quality["ratio"] < 1.5
 
 
+@pytest.mark.process
 def test_command_says_what_is_wrong(shards_dir: Path) -> None:
     for data, batch_size, said in ((shards_dir, 61, "less than one batch of 61"), (shards_dir / "no", 8, "no")):
         result = run_order("--data", data, "--batch_size", batch_size)

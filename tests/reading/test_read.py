@@ -117,6 +117,7 @@ for sample_id in range(300):
 """
 
 
+@pytest.mark.process
 def test_quarantine_is_written_once_by_many_processes(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(n)], cwd=ROOT) for n in range(3)]

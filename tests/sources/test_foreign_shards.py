@@ -110,6 +110,7 @@ def test_further_images_of_a_key_are_mentioned(tmp_path: Path, cache: Path, caps
 
 @pytest.mark.parametrize("program", ["tar", "bsdtar"])
 @pytest.mark.parametrize("format", ["ustar", "gnu", "pax"])
+@pytest.mark.process
 def test_tar_programs(tmp_path: Path, cache: Path, program: str, format: str) -> None:
     if shutil.which(program) is None:
         pytest.skip(f"no {program}")
@@ -131,6 +132,7 @@ def test_tar_programs(tmp_path: Path, cache: Path, program: str, format: str) ->
     assert found == expected
 
 
+@pytest.mark.process
 def test_links_hold_no_data(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("elsewhere.jpg")
     subprocess.run(["tar", "-cf", tmp_path / "shard.tar", "a.jpg"], cwd=tmp_path, check=True)
@@ -187,6 +189,7 @@ def test_damaged_tars_are_refused(tmp_path: Path, cache: Path) -> None:
         assert not (tmp_path / "manifest.json").exists()
 
 
+@pytest.mark.process
 def test_own_idx_files_are_left_alone(tmp_path: Path, cache: Path) -> None:
     """wds2idx lists samples without an image too. We read such an index, but we do not write over it."""
     from wds2idx import IndexCreator
@@ -228,6 +231,7 @@ def test_dali_reads_our_index(tmp_path: Path, cache: Path) -> None:
     assert [np.asarray(images.at(i)).tobytes() for i in range(3)] == [content for _, content in members]
 
 
+@pytest.mark.process
 def test_built_once_by_many_processes(tmp_path: Path, cache: Path) -> None:
     """Four processes open the same new folder; all see the same thing, and a second opening indexes nothing."""
     folder = tmp_path / "shards"

@@ -415,6 +415,7 @@ def test_published_cards(card: Path, folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_command(folder: Path) -> None:
     result = describe(folder, "--check")
     assert result.returncode == 0, result.stderr
@@ -425,6 +426,7 @@ def test_command(folder: Path) -> None:
     assert result.stderr.startswith("error: no such folder") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.process
 def test_check_finds_every_fault(folder: Path) -> None:
     """One line each: other bytes, too few bytes, an index of another tar, an image that does not decode."""
     tars = sorted(folder.glob("*.tar"))

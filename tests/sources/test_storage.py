@@ -59,6 +59,7 @@ def test_a_shard_that_changes_while_it_is_used(tmp_path: Path) -> None:
         storage.read(str(shard), 0, 10, bytes=10_000)
 
 
+@pytest.mark.process
 def test_few_open_files(tmp_path: Path) -> None:
     """1,000 shards held mapped at once, and read, under `ulimit -n 64`."""
     for i in range(1000):
@@ -173,6 +174,7 @@ print("fetched", flush=True)
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_killed_while_fetching(tmp_path: Path) -> None:
     """kill -9 in the middle leaves half a file; another process, waiting or later, ends up with the whole one."""
     root = tmp_path / "served"
@@ -275,6 +277,7 @@ def test_what_is_asked_for_ahead_is_not_removed_for_it(tmp_path: Path, memory: o
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_loader_opens_few_files(tmp_path: Path, image_folder: Path) -> None:
     """Batches that touch 300 shards each, with 256 files allowed."""
     image = next(image_folder.rglob("*.jpg")).read_bytes()

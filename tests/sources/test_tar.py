@@ -146,6 +146,7 @@ def test_a_tar_inside_a_file() -> None:
         list(walk_tar(lambda o, s: content[o : o + s], 100, 1630, "inner"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("format", ["gnu", "pax0.0", "pax0.1", "pax1.0"])
 def test_sparse_members_are_left_out_and_said_so(
     tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]

@@ -62,6 +62,7 @@ def test_draw(tmp_path: Path) -> None:
     assert not list(run.glob("*.tmp"))
 
 
+@pytest.mark.process
 def test_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "transfer.curves"]
 

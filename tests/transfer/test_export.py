@@ -97,6 +97,7 @@ def test_the_reference_layout_comes_back_whole(run_folder: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_run_starts_from_such_a_file(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     path, out = export(str(run_folder), tmp_path / "moco.pth.tar", "moco"), tmp_path / "run"
     flags = (

@@ -100,6 +100,7 @@ def unlabelled(image_folder: Path, tmp_path: Path) -> Source:
     return open_source(str(tmp_path / "shards"))
 
 
+@pytest.mark.process
 def test_without_labels_and_with_few_images(run_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     source = unlabelled(image_folder, tmp_path)
     path = gallery.make_gallery(

@@ -64,6 +64,7 @@ def test_nearest_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(indices, where)
 
 
+@pytest.mark.process
 def test_memory_is_that_of_a_chunk() -> None:
     """8,192 x 100,000 similarities would be 3.3 GB; what is added to the features stays far below."""
     script = """
@@ -140,6 +141,7 @@ def test_command(run_folder: Path, shards_dir: Path, run_ranks: Callable[..., st
     assert shared["train"] == 60
 
 
+@pytest.mark.process
 def test_command_errors(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     wrong = knn_command("--run", tmp_path / "nothing", "--train", shards_dir, "--val", shards_dir)
     assert wrong.returncode == 2
@@ -169,6 +171,7 @@ def test_extract_in_order(shards_dir: Path) -> None:
     torch.testing.assert_close(first, features[:21])
 
 
+@pytest.mark.process
 def test_unlabelled_source_is_an_error(image_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()

@@ -93,6 +93,7 @@ def test_everything_is_there(page: Path) -> None:
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 @pytest.mark.slow
+@pytest.mark.process
 def test_in_a_browser(page: Path, tmp_path: Path) -> None:
     """The page as the browser understood it: pictures decoded, charts as wide as their cards, no request sent."""
     # The browser itself measures; the page has no script, so it is framed by one that has.
