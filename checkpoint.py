@@ -65,8 +65,8 @@ def latest(run_dir: str | Path) -> Path | None:
 
 
 def load(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
-    """Verifies every record's checksum, then reads. Raises FileNotFoundError, and ValueError when the file is
-    damaged.
+    """Verifies every record's checksum, then reads. Raises FileNotFoundError, and ValueError when the file is damaged
+    or not one of this program's.
     """
     path = Path(path)
     try:
@@ -74,11 +74,19 @@ def load(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
             broken = records.testzip()
         if broken is not None:
             raise ValueError(f"{path} is damaged: checksum of {broken} differs")
-        return torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
+    except pickle.UnpicklingError:  # its own words advise to load the file unsafely
+        raise ValueError(
+            f"{path} is not a checkpoint of this program, or is damaged: it holds more than tensors and plain values, "
+            "and nothing of it was run"
+        ) from None
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of this program: it holds a {type(state).__name__}")
+    return state
 
 
 def load_newest(run_dir: str | Path, map_location: str = "cpu") -> dict[str, Any] | None:

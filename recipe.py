@@ -19,71 +19,87 @@ def _(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    data: str = _("", "folder of shards, URL, brace pattern or YAML card")
-    out: str = _("", "run folder; running the same command again continues what is in it")
-    init: str = _("", "a MoCo .pth.tar that a new run starts from: its encoders, and its queue when it has one")
-    seed: int = _(0, "of weights, order and views")
-    epochs: int = _(200, "passes over the data, and the period of the step and cosine schedules; 0: until max_steps")
-    max_steps: int = _(0, "stop after this many optimiser steps even if epochs are left; 0: no limit")
-    batch_size: int = _(256, "global: images per optimiser step, over all ranks and micro-batches")
-    accumulate: int = _(1, "micro-batches per optimiser step; queue and key encoder move once a step all the same")
+    # --- data
+    data: str = _("", "images to train on: folder of shards, tar, brace pattern, URL of these, or YAML card")
+    max_bad_fraction: float = _(0.01, "stop when more than this share of the images cannot be read")
+    cache_dir: str = _("", "folder of the disk cache for remote shards; empty: ~/.cache/moco-pipeline")
+    cache_gb: float = _(50.0, "size of the disk cache for remote shards, in GiB")
+    num_threads: int = _(0, "CPU threads of the data pipeline on each rank; 0: the rank's share of the machine's cores")
 
-    arch: str = _("resnet50", "torchvision ResNet, wide_resnet or resnext, or timm:NAME")
-    width: int = _(1, "multiplies the channels (R50-w2x: 2, R50-w4x: 4)")
-    small_stem: bool = _(False, "3x3 stride 1 stem without max-pooling, for images of about 32 pixels")
-    dim: int = _(128, "of the embedding")
+    # --- encoder
+    arch: str = _(
+        "resnet50",
+        "encoder: resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x8d, resnext101_32x8d, or timm:NAME",
+    )
+    width: int = _(1, "factor on a ResNet's channels (the paper's R50-w2x: 2, R50-w4x: 4)")
+    small_stem: bool = _(False, "3x3 first convolution with stride 1 and no max-pooling, for images of about 32 pixels")
+    dim: int = _(128, "dimensions of the embedding that the head makes")
     mlp: bool = _(False, "two-layer projection head (MoCo v2) instead of a linear one (v1)")
+    init: str = _("", "MoCo .pth.tar that a new run starts from: its encoders, and its queue when it has one")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = _(
+        "bf16", "number format of the encoders; loss, queue and momentum update are always fp32"
+    )
+    compile: bool = _(False, "run both encoders through torch.compile")
 
+    # --- MoCo
     mechanism: Literal["moco", "end_to_end", "memory_bank"] = _(
-        "moco", "where the negatives come from (paper, figure 2)"
+        "moco", "where the negatives come from (figure 2 of the paper)"
     )
     symmetric: bool = _(False, "each view is query once and key once; the two losses are added")
-    queue_size: int = _(65536, "keys in the dictionary")
-    moco_momentum: float = _(0.999, "m of equation 2")
-    momentum_schedule: Literal["constant", "cosine"] = _("constant", "cosine: from m to 1 over the run, as MoCo v3")
-    temperature: float = _(0.07, "of the InfoNCE loss, equation 1")
+    queue_size: int = _(65536, "keys in the queue; memory_bank: entries drawn as negatives")
+    moco_momentum: float = _(0.999, "momentum of the key encoder, m of equation 2")
+    momentum_schedule: Literal["constant", "cosine"] = _(
+        "constant", "moco_momentum over the run; cosine: rising to 1 as in MoCo v3"
+    )
+    temperature: float = _(0.07, "temperature of the InfoNCE loss, equation 1")
     bn_groups: int = _(
-        8, "batch-norm groups of the global batch, shared out over the ranks (the papers: 8 GPUs, 8 groups)"
+        8,
+        "groups of the global batch that batch norm takes its statistics over, batch_size / bn_groups images each, "
+        "whatever the ranks and accumulate (the papers: 8, one a GPU)",
     )
     shuffle_bn: bool = _(True, "shuffle the keys over the batch-norm groups; without it pretext accuracy nears 100 %%")
 
-    views: str = _("v2", "augmentation: v1, v2, or cifar, that of the reference CIFAR-10 demo")
-    image_size: int = _(224, "pixels")
+    # --- views
+    views: str = _("v2", "augmentation recipe: v1, v2, or cifar, that of the reference CIFAR-10 demo")
+    image_size: int = _(224, "side of a view in pixels")
     crop_min: float = _(0.2, "smallest share of the image's area in a random crop")
 
-    lr: float = _(0.03, "used as given; the papers': 0.03 for a global batch of 256, in proportion for others")
-    sgd_momentum: float = _(0.9, "of SGD")
-    weight_decay: float = _(1e-4, "on all parameters, batch norm's and biases included, as in the reference code")
-    schedule: Literal["step", "cosine", "exponential", "constant"] = _("cosine", "of the learning rate")
+    # --- optimiser
+    epochs: int = _(200, "passes over the data, and the period of the step and cosine schedules; 0: until max_steps")
+    max_steps: int = _(0, "stop after this many optimiser steps even if epochs are left; 0: no limit")
+    batch_size: int = _(256, "images per optimiser step, over all ranks and micro-batches")
+    accumulate: int = _(1, "micro-batches per optimiser step, to save memory; queue and key encoder move once a step")
+    lr: float = _(0.03, "learning rate, used as given (the papers': 0.03 per 256 images of batch_size)")
+    sgd_momentum: float = _(0.9, "momentum of SGD")
+    weight_decay: float = _(1e-4, "weight decay, on batch norm and biases too, as in the reference code")
+    schedule: Literal["step", "cosine", "exponential", "constant"] = _("cosine", "schedule of the learning rate")
     milestones: tuple[int, ...] = _((120, 160), "epochs at which the step schedule multiplies lr by decay")
     decay: float = _(0.1, "factor of the step and exponential schedules")
     decay_steps: int = _(62500, "steps between two decays of the exponential schedule")
-    warmup_epochs: int = _(0, "linear warm-up; the papers have none")
+    warmup_epochs: int = _(0, "epochs over which lr rises linearly to its value (the papers: none)")
 
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = _(
-        "bf16", "of the encoders; loss, queue and momentum update are fp32"
-    )
-    compile: bool = _(False, "torch.compile both encoders")
-    num_threads: int = _(0, "CPU threads of the data pipeline per rank; 0: its own choice")
-
-    log_every: int = _(10, "steps; also how often host and GPU meet")
+    # --- run
+    out: str = _("", "run folder; the same command again continues what is in it")
+    seed: int = _(0, "seed of weights, order and views")
     save_every: int = _(1000, "steps between checkpoints")
-    keep_checkpoints: int = _(3, "newest checkpoints kept")
-    keep_every: int = _(0, "epochs: the checkpoint at the end of every so many is kept for good; 0: none")
-    knn_data: str = _("", "labelled source whose images the kNN monitor classifies")
-    knn_train: str = _("", "labelled source it looks the neighbours up in; empty: data, which must then have labels")
-    knn_every: int = _(0, "epochs; 0: off")
-    knn_features: Literal["backbone", "head"] = _("backbone", "what kNN compares; the reference CIFAR-10 demo: head")
-    trackers: tuple[str, ...] = _(
-        ("tensorboard",), "accelerate's trackers beside metrics.jsonl: tensorboard, wandb, ..."
-    )
-    max_bad_fraction: float = _(0.01, "stop when more of the images than this are unreadable")
-    cache_dir: str = _("", "disk cache of remote shards")
-    cache_gb: float = _(50.0, "its size")
+    keep_checkpoints: int = _(3, "how many of the newest checkpoints are kept")
+    keep_every: int = _(0, "keep the checkpoint at the end of every so many epochs for good; 0: none")
     hang_seconds: float = _(
         30.0, "end all ranks when one makes no step for so long (or five times the slowest step so far); 0: never"
     )
-    profile: int = _(0, "trace this many steps, print where their time goes, and stop")
+
+    # --- watching
+    log_every: int = _(10, "steps between log lines; each one waits for the GPU")
+    knn_every: int = _(0, "epochs between measurements of kNN accuracy; 0: none")
+    knn_data: str = _("", "labelled source whose images are classified by kNN")
+    knn_train: str = _("", "labelled source in which kNN looks for neighbours; empty: that of --data, if it has labels")
+    knn_features: Literal["backbone", "head"] = _(
+        "backbone", "output that kNN compares (the reference CIFAR-10 demo: head)"
+    )
+    trackers: tuple[str, ...] = _(
+        ("tensorboard",), "accelerate's trackers that get the metrics too: tensorboard, wandb, ...; []: none"
+    )
+    profile: int = _(0, "trace so many steps, print where their time goes, and stop; 0: train")
 
     def validate(self) -> None:
         """Raises ValueError for what can be known to be wrong before anything heavy starts."""
@@ -110,31 +126,65 @@ class Recipe:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} micro-batches"
             )
+        if self.mechanism == "end_to_end" and self.accumulate > 1:
+            raise ValueError(
+                f"mechanism end_to_end takes its negatives from the batch, and accumulate {self.accumulate} would leave "
+                f"{self.batch_size // self.accumulate - 1} of {self.batch_size - 1}: take accumulate 1 and a smaller "
+                "batch_size"
+            )
         if self.knn_every and not self.knn_data:
             raise ValueError(f"knn_every is {self.knn_every} but knn_data names no labelled source")
 
-    def images_per_rank(self, ranks: int) -> int:
-        """Of one micro-batch. Raises ValueError when the batch does not divide."""
-        if self.batch_size % (ranks * self.accumulate):
-            near = max(1, round(self.batch_size / (ranks * self.accumulate))) * ranks * self.accumulate
+    def images_per_pass(self, ranks: int) -> int:
+        """Images of one forward pass on one rank. Raises ValueError when the batch does not divide."""
+        passes = ranks * self.accumulate
+        if self.batch_size % passes:
+            near = max(1, round(self.batch_size / passes)) * passes
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide over {ranks} ranks x {self.accumulate} micro-batches; "
                 f"the nearest that does: {near}"
             )
-        return self.batch_size // (ranks * self.accumulate)
+        return self.batch_size // passes
 
-    def bn_groups_per_rank(self, ranks: int) -> int:
-        """`bn_groups` counts the groups of the whole batch, so that the result does not depend on how many ranks
-        share it; a rank has at least one. Raises ValueError when the groups do not divide.
+    def bn_groups_per_pass(self, ranks: int) -> int:
+        """Batch-norm groups of one forward pass on one rank: `bn_groups` counts those of the global batch, so that
+        a group has batch_size / bn_groups images however ranks and micro-batches share the batch.
+
+        Raises ValueError when that cannot be, with the numbers of groups that can.
         """
-        images = self.images_per_rank(ranks)
-        groups = max(1, self.bn_groups // ranks)
-        if self.bn_groups > ranks and self.bn_groups % ranks:
-            raise ValueError(f"bn_groups {self.bn_groups} does not divide over {ranks} ranks; use {groups * ranks}")
-        if images % groups:
-            raise ValueError(f"{images} images per rank and micro-batch do not divide into {groups} batch-norm groups")
-        return groups
+        images, passes = self.images_per_pass(ranks), ranks * self.accumulate
+        size = self.batch_size // self.bn_groups
+        if self.batch_size % self.bn_groups:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into bn_groups {self.bn_groups} of equal size; take a "
+                "bn_groups that divides it"
+            )
+        shares = f"{ranks} ranks x {self.accumulate} micro-batches"
+        if self.bn_groups < passes:
+            raise ValueError(
+                f"bn_groups {self.bn_groups} makes batch-norm groups of {size} images, but {shares} leave only {images} "
+                f"to a forward pass: give --bn_groups {passes} to train with groups of {images}, or fewer ranks or "
+                "micro-batches"
+            )
+        if self.bn_groups % passes:
+            lower = self.bn_groups // passes * passes
+            sizes = f"{lower} (groups of {self.batch_size / lower:g} images) or {lower + passes}"
+            raise ValueError(
+                f"bn_groups {self.bn_groups} (groups of {size} images) does not divide over {shares}; use {sizes}"
+            )
+        return self.bn_groups // passes
 
+
+# Field that begins a group of flags -> its title. The fields of a group follow each other.
+GROUPS = {
+    "data": "data",
+    "arch": "encoder",
+    "mechanism": "MoCo",
+    "views": "views",
+    "epochs": "optimiser",
+    "out": "run",
+    "log_every": "watching",
+}
 
 # What may differ between the command that began a run and one that continues it; `data` only with the same fingerprint.
 CHANGEABLE = frozenset(
@@ -144,6 +194,7 @@ CHANGEABLE = frozenset(
         "epochs",
         "max_steps",
         "accumulate",
+        "bn_groups",
         "precision",
         "compile",
         "num_threads",
@@ -174,8 +225,11 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a YAML of the fields below; flags after it override it")
     types = get_type_hints(Recipe)
+    group = parser
     for f in dataclasses.fields(Recipe):
-        parser.add_argument(f"--{f.name}", type=types[f.name], default=f.default, help=f.metadata["help"])
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        group.add_argument(f"--{f.name}", type=types[f.name], default=f.default, help=f.metadata["help"])
     return parser
 
 
@@ -185,20 +239,24 @@ def parse(arguments: list[str] | None = None) -> Recipe:
 
 
 def load(path: str | Path) -> Recipe:
-    """Reads a YAML of fields, such as RUN/recipe.yaml. Raises FileNotFoundError, and ValueError naming an unknown
-    key.
+    """Reads a YAML of fields, such as RUN/recipe.yaml. Raises FileNotFoundError, and ValueError that names the file
+    and what in it is no recipe.
     """
     path = Path(path)
+    content = path.read_bytes()
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(Recipe)})
+        values = yaml.safe_load(content.decode()) or {}
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a {type(values).__name__}, not `field: value` lines")
+        unknown = sorted(str(key) for key in set(values) - {f.name for f in dataclasses.fields(Recipe)})
         if unknown:
-            raise ValueError(f"{path}: unknown recipe fields {', '.join(unknown)}")
+            raise TypeError(f"unknown recipe fields {', '.join(unknown)}")
         quiet = parser()
         quiet.exit_on_error = False
         return _freeze(quiet.parse_object(values).as_dict())
-    except (ArgumentError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a recipe: {error}") from error
+    except (ArgumentError, yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not a recipe: {reason[:300]}") from error
 
 
 def save(recipe: Recipe, path: str | Path) -> None:

@@ -4,7 +4,16 @@
 
 Running the same command again continues the run; SIGTERM, SIGINT and SIGUSR1 save and end it. `--help` lists the
 recipe's fields.
+
+`main` joins the ranks, `set_up` builds what the loop needs, `train` is the loop (the paper's Algorithm 1), `finish` the
+ending.
 """
+
+import recipe as recipes
+
+if __name__ == "__main__":
+    # Before torch, DALI and accelerate, whose import takes seconds: --help and a mistyped flag answer at once.
+    RECIPE = recipes.parse()
 
 import contextlib
 import os
@@ -13,33 +22,29 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor, nn
 
-import recipe as recipes
-from checkpoint import Writer
+import checkpoint
+from model.encoders import Encoder
 from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo, Stats
+from pipeline.loader import Loader
 from recipe import Recipe
-from trainer import build, trackers
-from trainer.diagnosis import warnings_during
-from trainer.joining import (
-    CommonError,
-    check_ranks_agree,
-    control_group,
-    exit_with_launcher,
-    gather_objects,
-    rejoin,
-)
+from trainer import build, resume, trackers
+from trainer.diagnosis import stop_if_not_finite, warnings_during
+from trainer.joining import CommonError, all_ranks_agree, control_group, exit_with_launcher, gather_objects, rejoin
 from trainer.log import Log
-from trainer.metrics import Window, memory_gb, norm
+from trainer.metrics import Window, memory_gb, norm, norm_of_gradients
 from trainer.profiling import WARM_UP, Profile
-from trainer.resume import compare_recipes, load_newest, random_state, set_random_state
 from trainer.schedule import key_momentum, learning_rate
 from trainer.signals import Stop
 from trainer.watching import Watchdog
@@ -47,40 +52,64 @@ from transfer import curves
 from transfer.monitor import build_monitor
 
 
-def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog, stop: Stop) -> None:
+@dataclass(frozen=True)
+class Training:
+    """What set-up hands on to the loop and to the ending."""
+
+    r: Recipe
+    accelerator: Accelerator
+    control: dist.ProcessGroup | None  # for messages between hosts that must not touch the GPU
+    phase: Callable[[str], None]  # tells the watchdog, and the profile, what the loop goes on to
+    loader: Loader
+    net: Encoder  # the query encoder
+    encoder: nn.Module  # the same as DDP wraps it
+    dictionary: MoCo | EndToEnd | MemoryBank
+    optimizer: AcceleratedOptimizer
+    window: Window
+    log: Log
+    writer: checkpoint.Writer
+    monitor: Callable[[nn.Module, torch.device, AbstractContextManager[object]], float] | None  # kNN accuracy
+    profile: Profile | None
+    first: int  # the step to begin with: optimiser steps done
+    total: int  # the step to end at
+    planned: int  # steps that the schedules are stretched over
+
+    @property
+    def out(self) -> Path:
+        return Path(self.r.out)
+
+    @property
+    def per_epoch(self) -> int:
+        return self.loader.steps_per_epoch
+
+
+def set_up(r: Recipe, accelerator: Accelerator, control: dist.ProcessGroup | None, watchdog: Watchdog) -> Training:
+    """Everything that can be wrong is found here, on all ranks, before the first step."""
     rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     out = Path(r.out)
     phase: Callable[[str], None] = watchdog.phase
-
-    # --- data and model: what is wrong with them is found on all ranks, before the first step -------------------------
-    problem, facts, notes = "", dict[str, Any](), list[str]()
-    try:
+    with all_ranks_agree(control) as facts:
         build.check_options(r, ranks, device)
         if rank == 0:
             build.lock_run_folder(out)
-        notes += compare_recipes(out, r)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
-    alike = {name: value for name, value in recipes.to_dict(r).items() if name not in own}
-    check_ranks_agree(alike | {"torch": torch.__version__}, problem, control)
+        notes = resume.compare_recipes(out, r)
+        own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
+        facts |= {name: value for name, value in recipes.to_dict(r).items() if name not in own}
+        facts["torch"] = torch.__version__
 
-    try:
+    with all_ranks_agree(control) as facts:
         phase("index")
         sources = build.open_sources_rank0_first(r, rank, control)
         phase("start")
         source = sources[r.data]
         loader = build.open_loader(r, source, rank, ranks, device)
         per_epoch = loader.steps_per_epoch
-        planned = r.epochs * per_epoch or r.max_steps  # what the schedules are stretched over
+        planned = r.epochs * per_epoch or r.max_steps
         total = min(planned, r.max_steps or planned)
         net = build.build_net(r, ranks)
         dictionary = build.build_dictionary(r, net, ranks, source.samples, device)
         monitor = build_monitor(r, sources, rank, ranks) if r.knn_every else None
-        facts = {"data fingerprint": source.fingerprint, "steps": total}
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    check_ranks_agree(facts, problem, control)
+        facts |= {"data fingerprint": source.fingerprint, "steps": total}
 
     net.to(device).to(memory_format=torch.channels_last)
     dictionary.to(device).to(memory_format=torch.channels_last)
@@ -88,39 +117,34 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         net.compile()
         if isinstance(dictionary, MoCo):
             dictionary.encoder_k.compile()
-    optimizer: Any = torch.optim.SGD(net.parameters(), r.lr, momentum=r.sgd_momentum, weight_decay=r.weight_decay)
+    sgd = torch.optim.SGD(net.parameters(), r.lr, momentum=r.sgd_momentum, weight_decay=r.weight_decay)
     with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers, which accelerate does not know yet
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        encoder, optimizer = accelerator.prepare(net, optimizer)
-
-    # --- continue where the run folder ends ---------------------------------------------------------------------------
+        encoder, optimizer = accelerator.prepare(net, sgd)
     window, step = Window(device), 0
-    state = load_newest(out, control)
-    if state is not None:
-        step = state["step"]
-        net.load_state_dict(state["encoder"])
-        dictionary.load_state_dict(state["moco"])
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"]:  # none when it was another precision
-            accelerator.scaler.load_state_dict(state["scaler"])
-        try:
-            loader.load_state_dict(state["loader"])
-        except ValueError as error:
-            raise CommonError(str(error)) from None
-        window.settled = state["metrics"]["rows"]
-        if rank < len(state["rng"]):
-            set_random_state(state["rng"][rank], device)
-    elif r.init:
-        build.begin_from(r.init, net, dictionary)
-    del state
+
+    with all_ranks_agree(control) as facts:
+        state = resume.load_newest(out, control)
+        if state is not None:
+            step = state["step"]
+            with resume.loading(checkpoint.path_of(out, step)):
+                net.load_state_dict(state["encoder"])
+                dictionary.load_state_dict(state["moco"])
+                optimizer.load_state_dict(state["optimizer"])
+                if accelerator.scaler is not None and state["scaler"]:  # none when it was another precision
+                    accelerator.scaler.load_state_dict(state["scaler"])
+                loader.load_state_dict(state["loader"])
+                window.settled = state["metrics"]["rows"]
+                if rank < len(state["rng"]):
+                    resume.set_random_state(state["rng"][rank], device)
+            del state
+        elif r.init:
+            build.begin_from(r.init, net, dictionary)
+        if r.trackers and not r.profile:
+            trackers.start(accelerator.init_trackers, r, step, is_main=accelerator.is_main_process)
+        facts["step"] = step
     dictionary.check_ranks(net)
 
-    try:
-        if r.trackers and not r.profile:
-            trackers.start(accelerator, r, step)
-    except ValueError as error:
-        problem = str(error)
-    check_ranks_agree({}, problem, control)
     log = Log(out, step=step, total=total, enabled=rank == 0 and not r.profile)
     profile = None
     if r.profile:
@@ -132,62 +156,30 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         recipes.save(r, out / "recipe.yaml")
         if step < total:
             (out / "finished").unlink(missing_ok=True)
-    writer = Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
+    writer = checkpoint.Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
     build.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
-    if step >= total:
-        log.say(f"nothing to do: the run is at step {step} of {total}; raise epochs or max_steps to train on")
+    return Training(
+        r, accelerator, control, phase, loader, net, encoder, dictionary, optimizer, window, log, writer, monitor,
+        profile, first=step, total=total, planned=planned,
+    )  # fmt: skip
 
-    def save() -> float:
-        """Collective, as every rank's generators go in. What is not finite is never saved. Returns the seconds it
-        took.
-        """
-        began = time.perf_counter()
-        phase("save")
-        stop_if_not_finite(window, accelerator, control, writer)
-        dictionary.check_ranks(net)
-        rng = gather_objects(random_state(device), control)
-        if rank == 0:
-            state = {
-                "step": step,
-                "epoch": step / per_epoch,
-                "encoder": net.state_dict(),
-                "moco": dictionary.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "loader": loader.state_dict(),
-                "rng": rng,
-                "recipe": recipes.to_dict(r),
-                "metrics": {"rows": window.settled},
-            }
-            writer.submit(state, step)
-        window.restart()
-        return time.perf_counter() - began
 
-    def evaluate_knn() -> None:
-        assert monitor is not None
-        phase("knn")
-        accuracy = monitor(net, device, accelerator.autocast())
-        found = {"step": step, "epoch": step / per_epoch, "knn": accuracy}
-        log.write(found)
-        trackers.track(accelerator, log, found)
-        log.say(f"step {step}  epoch {step / per_epoch:.2f}  kNN {accuracy:.1%}")
-        window.restart()
+def train(t: Training, watchdog: Watchdog, stop: Stop) -> int:
+    """The loop. Returns the steps that are done; all of them are saved, or being saved."""
+    r, accelerator, loader, window, phase = t.r, t.accelerator, t.loader, t.window, t.phase
+    net, encoder, dictionary, optimizer = t.net, t.encoder, t.dictionary, t.optimizer
+    step, saved, save_seconds, skipped = t.first, t.first, 0.0, 0
+    stop.begin(t.control)
+    if knn_is_due(t, step) and not gather_objects(t.log.has("knn", step), t.control)[0]:
+        evaluate_knn(t, step)  # a kill in its middle had lost it: the checkpoint comes before it
 
-    # --- train --------------------------------------------------------------------------------------------------------
-    stop.begin(control)
-    knn_steps = r.knn_every * per_epoch
-    resumed_at_knn = knn_steps > 0 and step > 0 and step % knn_steps == 0 and not r.profile
-    if resumed_at_knn and not gather_objects(log.has("knn", step), control)[0]:
-        evaluate_knn()  # a kill in its middle had lost it: the checkpoint comes before it
-    saved, save_seconds, skipped = step, 0.0, 0
-    while step < total and not stop.asked():
+    while step < t.total and not stop.asked():
         watchdog.next_step(step)
-        is_log_step = ((step + 1) % r.log_every == 0 or step + 1 == total) and not r.profile
         lr = learning_rate(
             step,
             lr=r.lr,
             schedule=r.schedule,
-            steps_per_epoch=per_epoch,
+            steps_per_epoch=t.per_epoch,
             epochs=r.epochs,
             milestones=r.milestones,
             decay=r.decay,
@@ -196,7 +188,7 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         )
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
-        m = key_momentum(step, momentum=r.moco_momentum, schedule=r.momentum_schedule, total_steps=planned)
+        m = key_momentum(step, momentum=r.moco_momentum, schedule=r.momentum_schedule, total_steps=t.planned)
 
         phase("data")
         with window.waiting():
@@ -210,16 +202,15 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
         for i, (query, key, ids) in enumerate(passes):
             with accelerator.no_sync(encoder) if i + 1 < len(passes) else contextlib.nullcontext():
                 if isinstance(dictionary, MoCo):
-                    moco = dictionary
                     phase("shuffle")
-                    shuffled = moco.shuffle(key)  # on its way to the other ranks while the queries are encoded
+                    shuffled = dictionary.shuffle(key)  # on its way to the other ranks while the queries are encoded
                     phase("query encoder")
                     q = encoder(query)  # [N, dim]
                     phase("key encoder")
                     with accelerator.autocast():
-                        keys = moco.encode_keys(shuffled)  # [N, dim], no gradient
+                        keys = dictionary.encode_keys(shuffled)  # [N, dim], no gradient
                     phase("loss")
-                    loss, stats = moco.loss(q, keys)
+                    loss, stats = dictionary.loss(q, keys)
                 else:
                     keys, loss, stats = ablation_forward(dictionary, encoder, query, key, ids, phase)
                 phase("backward")
@@ -228,9 +219,8 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
             rows.append(torch.stack([loss.detach(), *stats]))
 
         phase("optimizer")
-        if is_log_step:
-            scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
-            gradient_norm = norm([p.grad for p in net.parameters() if p.grad is not None]) / scale
+        is_log_step = ((step + 1) % r.log_every == 0 or step + 1 == t.total) and not r.profile
+        gradient_norm = norm_of_gradients(net, accelerator.scaler) if is_log_step else None  # before they are zeroed
         optimizer.step()
         optimizer.zero_grad()
         if optimizer.step_was_skipped:  # fp16 overflow: nothing else may move either
@@ -239,71 +229,61 @@ def train(r: Recipe, accelerator: Accelerator, control: Any, watchdog: Watchdog,
             skipped = 0
             if isinstance(dictionary, MoCo):
                 phase("momentum")
-                moco.momentum_update(net, m)
+                dictionary.momentum_update(net, m)
                 phase("queue")
-                moco.enqueue(torch.cat(seen))
+                dictionary.enqueue(torch.cat(seen))
             elif isinstance(dictionary, MemoryBank):
                 phase("bank")
                 dictionary.update(torch.cat(seen), torch.cat([ids for _, _, ids in passes]))
             window.add(step, rows, batch.sample_ids)
         step += 1
-        log.step()
+        t.log.step()
 
+        # --- every so often -------------------------------------------------------------------------------------------
         phase("log")
         if skipped == 20:
             raise FloatingPointError(f"fp16 overflowed in 20 steps on end, up to {step}: take bf16 or a lower lr")
-        if is_log_step:
-            stop_if_not_finite(window, accelerator, control, writer)
-            metrics = {"step": step, "epoch": step / per_epoch, "lr": lr} | window.means(r.batch_size, r.temperature)
-            if "images_per_second" in metrics:
-                metrics["seconds_left"] = (total - step) * r.batch_size / metrics["images_per_second"]
-            metrics["gradient_norm"] = gradient_norm.item()
-            metrics["parameter_norm"] = norm(list(net.parameters())).item()
-            metrics["memory_gb"] = memory_gb(device)
-            if isinstance(dictionary, MoCo):
-                metrics |= {"queue_filled": dictionary.queue_filled.item(), "queue_age": dictionary.queue_age().item()}
-            if len(source.names) > 1:
-                metrics |= {f"samples_{name}": count for name, count in loader.source_counts().items()}
-            if save_seconds:
-                metrics |= {"save_seconds": save_seconds, "write_seconds": writer.seconds}
-                save_seconds = 0.0
-            log.write(metrics)
-            trackers.track(accelerator, log, metrics)
-            stages = loader.timings()
-            slowest = loader.bottleneck(stages)
-            log.warn(warnings_during(metrics, r.queue_size, r.batch_size, window.usual_wait(), slowest, stages))
+        if gradient_norm is not None:
+            write_metrics(t, step, lr, gradient_norm, save_seconds)
+            save_seconds = 0.0
+        if save_is_due(t, step):
+            save_seconds, saved = save(t, step), step
+        if knn_is_due(t, step):
+            evaluate_knn(t, step)
 
-        knn_due = knn_steps > 0 and step % knn_steps == 0
-        keep_for_good = r.keep_every > 0 and step % (r.keep_every * per_epoch) == 0
-        if (step % r.save_every == 0 or step == total or keep_for_good or knn_due) and not r.profile:
-            save_seconds, saved = save(), step
-            if knn_due:
-                evaluate_knn()
+    if saved < step and not r.profile:  # told to stop
+        save(t, step)
+    return step
 
-    if profile is not None and step == total:
-        print(profile.table(r.batch_size))
-    elif saved < step and not r.profile:
-        save()
-    phase("save")
-    writer.join()
-    log.close()
-    loader.close()
-    if rank == 0 and (out / "metrics.jsonl").is_file():
+
+def finish(t: Training, step: int, stop: Stop) -> None:
+    """Waits for the last checkpoint, draws the curves, and says where the run stands. OSError when the last steps could
+    not be saved.
+    """
+    rank = t.accelerator.process_index
+    if t.profile is not None and step == t.total:
+        print(t.profile.table(t.r.batch_size))
+    t.phase("save")
+    t.writer.join()
+    t.log.close()
+    t.loader.close()
+    if rank == 0 and (t.out / "metrics.jsonl").is_file():
         try:
-            log.say(f"curves: {curves.draw(out)}")
+            t.log.say(f"curves: {curves.draw(t.out)}")
         except Exception as error:  # a full disk, nothing to draw yet: no reason for a run to fail at its end
-            log.say(f"no curves: {error}")
-    gather_objects(None, control)  # nobody leaves before rank 0's disk is done: who is gone counts as lost
-    if writer.problem:
-        raise OSError(f"the last steps are not saved ({writer.problem}); the same command repeats them")
-    if rank == 0 and step >= total and not r.profile:
-        (out / "finished").write_text(f"{step}\n")  # for job scripts: stopped is not finished, and both end with 0
-    if step < total:
+            t.log.say(f"no curves: {error}")
+    # The watchdog takes a rank that has exited for a dead one, so all wait here for rank 0's disk.
+    gather_objects(None, t.control)
+    if t.writer.problem:
+        raise OSError(f"the last steps are not saved ({t.writer.problem}); the same command repeats them")
+    if rank == 0 and step >= t.total and not t.r.profile:
+        (t.out / "finished").write_text(
+            f"{step}\n"
+        )  # for job scripts: a stopped run is not finished, and ends with 0 too
+    if step < t.total:
         who = stop.name or "another rank was told to stop"
-        done = (
-            f"saved at step {step} of {total}; the same command continues from there" if step else "nothing trained yet"
-        )
-        log.say(f"{who}: {done}")
+        where = f"saved at step {step} of {t.total}; the same command continues from there"
+        t.log.say(f"{who}: {where if step else 'nothing trained yet'}")
 
 
 def passes_of(
@@ -317,7 +297,12 @@ def passes_of(
 
 
 def ablation_forward(
-    dictionary: EndToEnd | MemoryBank, encoder: nn.Module, query: Tensor, key: Tensor, ids: Tensor, phase: Any
+    dictionary: EndToEnd | MemoryBank,
+    encoder: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    ids: Tensor,
+    phase: Callable[[str], None],
 ) -> tuple[Tensor, Tensor, Stats]:
     """The forward pass of the paper's two other mechanisms (figure 2): what goes into it, loss, stats."""
     phase("query encoder")
@@ -331,25 +316,84 @@ def ablation_forward(
     return keys.detach(), *dictionary.loss(q, keys)
 
 
-def stop_if_not_finite(window: Window, accelerator: Accelerator, control: Any, writer: Writer) -> None:
-    """Reads the losses since the last look, on all ranks. FloatingPointError with what is needed to find the cause."""
-    bad = window.settle(accelerator.gather)
-    if bad is None:
-        return
-    step, rank, loss = bad
-    ids = gather_objects(window.sample_ids(step), control)[rank]
-    writer.join()
-    good = gather_objects(str(writer.last_good or "none"), control)[0]  # rank 0 writes
-    shown = ", ".join(map(str, ids[:32])) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
-    raise FloatingPointError(
-        f"the loss is {loss} at step {step} on rank {rank} (sample ids {shown}); last good checkpoint: {good}. "
-        "Usual remedies: bf16 or fp32 instead of fp16, a look at these samples, a new run with a lower lr or a warm-up"
-    )
+def save_is_due(t: Training, step: int) -> bool:
+    for_good = t.r.keep_every > 0 and step % (t.r.keep_every * t.per_epoch) == 0
+    due = step % t.r.save_every == 0 or step == t.total or for_good or knn_is_due(t, step)
+    return due and not t.r.profile
 
 
-def main(arguments: list[str] | None = None) -> None:
+def knn_is_due(t: Training, step: int) -> bool:
+    return t.monitor is not None and not t.r.profile and step > 0 and step % (t.r.knn_every * t.per_epoch) == 0
+
+
+def write_metrics(t: Training, step: int, lr: float, gradient_norm: Tensor, save_seconds: float) -> None:
+    """The means since the last log step into metrics.jsonl and the trackers, with warnings that they call for. It
+    waits for the device. save_seconds: that training stood still for a checkpoint since then.
+    """
+    r, dictionary, loader = t.r, t.dictionary, t.loader
+    stop_if_not_finite(t.window, t.accelerator.gather, t.control, t.writer)
+    metrics: dict[str, float] = {"step": step, "epoch": step / t.per_epoch, "lr": lr}
+    metrics |= t.window.means(r.batch_size, r.temperature)
+    if "images_per_second" in metrics:
+        metrics["seconds_left"] = (t.total - step) * r.batch_size / metrics["images_per_second"]
+    metrics["gradient_norm"] = gradient_norm.item()
+    metrics["parameter_norm"] = norm(list(t.net.parameters())).item()
+    metrics["memory_gb"] = memory_gb(t.accelerator.device)
+    if isinstance(dictionary, MoCo):
+        metrics |= {"queue_filled": dictionary.queue_filled.item(), "queue_age": dictionary.queue_age().item()}
+    if len(loader.source.names) > 1:
+        metrics |= {f"samples_{name}": count for name, count in loader.source_counts().items()}
+    if save_seconds:
+        metrics |= {"save_seconds": save_seconds, "write_seconds": t.writer.seconds}
+    t.log.write(metrics)
+    trackers.track(t.accelerator.log, t.log, metrics)
+    stages = loader.timings()
+    slowest = loader.bottleneck(stages)
+    t.log.warn(warnings_during(metrics, r.queue_size, r.batch_size, t.window.usual_wait(), slowest, stages))
+
+
+def save(t: Training, step: int) -> float:
+    """Hands a checkpoint to the writer. All ranks call it, as the random generators of each go in. Refuses to save a
+    state that holds NaN or inf. Returns the seconds that training stood still.
+    """
+    began = time.perf_counter()
+    t.phase("save")
+    stop_if_not_finite(t.window, t.accelerator.gather, t.control, t.writer)
+    t.dictionary.check_ranks(t.net)
+    rng = gather_objects(resume.random_state(t.accelerator.device), t.control)
+    if t.accelerator.process_index == 0:
+        scaler = t.accelerator.scaler
+        state = {
+            "step": step,
+            "epoch": step / t.per_epoch,
+            "encoder": t.net.state_dict(),
+            "moco": t.dictionary.state_dict(),
+            "optimizer": t.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "loader": t.loader.state_dict(),
+            "rng": rng,
+            "recipe": recipes.to_dict(t.r),
+            "metrics": {"rows": t.window.settled},
+        }
+        t.writer.submit(state, step)
+    t.window.restart()
+    return time.perf_counter() - began
+
+
+def evaluate_knn(t: Training, step: int) -> None:
+    """Writes the kNN accuracy of the query encoder as it is; all ranks call it."""
+    assert t.monitor is not None
+    t.phase("knn")
+    accuracy = t.monitor(t.net, t.accelerator.device, t.accelerator.autocast())
+    found = {"step": step, "epoch": step / t.per_epoch, "knn": accuracy}
+    t.log.write(found)
+    trackers.track(t.accelerator.log, t.log, found)
+    t.log.say(f"step {step}  epoch {step / t.per_epoch:.2f}  kNN {accuracy:.1%}")
+    t.window.restart()
+
+
+def main(r: Recipe) -> None:
     """Ends the process with 2 when the user has to change something, with 1 when the run failed."""
-    r = recipes.parse(arguments)
     stop = Stop()
     exit_with_launcher()
     torch.set_float32_matmul_precision("high" if r.precision == "tf32" else "highest")
@@ -378,7 +422,9 @@ def main(arguments: list[str] | None = None) -> None:
         watchdog.start()
     code, said = 1, ""
     try:
-        train(r, accelerator, control_group(), watchdog, stop)
+        training = set_up(r, accelerator, control_group(), watchdog)
+        step = train(training, watchdog, stop)
+        finish(training, step, stop)
         code = 0
     except CommonError as error:
         code, said = 2, str(error) if rank == 0 else ""
@@ -398,7 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
             said = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
     watchdog.stop()
     if code == 0:
-        trackers.finish(accelerator)
+        trackers.finish(accelerator.end_training)
         return
     if said:
         where = f"rank {rank}, step {watchdog.step}, {watchdog.name_of_phase}: " if code == 1 else ""
@@ -408,4 +454,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(RECIPE)

@@ -189,6 +189,7 @@ def torchvision_batches(
 
 
 def child_train(o: dict[str, Any]) -> dict[str, Any]:
+    import recipe
     import train
     from trainer import build
 
@@ -223,8 +224,7 @@ def child_train(o: dict[str, Any]) -> dict[str, Any]:
             "log_every": log_every,
             "save_every": 10**9,
         }
-        sys.argv = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
-        train.main()
+        train.main(recipe.parse([f"--{name}={value}" for name, value in flags.items()]))
         log = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in log if "images_per_second" in row][2:]  # the first two hold start-up and autotuning
     rates = [row["images_per_second"] for row in rows]

@@ -13,6 +13,7 @@ import time
 import traceback
 from typing import Any
 
+import recipe
 import train
 
 
@@ -49,7 +50,7 @@ def child(command: dict[str, Any], rank: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if patch := command.get("patch"):
             exec(patch, {"rank": rank})
-        train.main(arguments)
+        train.main(recipe.parse(arguments))
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

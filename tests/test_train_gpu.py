@@ -33,7 +33,7 @@ def train(out: Path, data: Path, patch: str = "", **options: Any) -> tuple[int, 
     """Exit code, and what it said. patch: code that runs first."""
     arguments = flags(TINY | {"data": data, "out": out} | options)
     result = subprocess.run(
-        [sys.executable, "-c", f"{patch}\nimport train\ntrain.main()", *arguments],
+        [sys.executable, "-c", f"{patch}\nimport recipe, train\ntrain.main(recipe.parse())", *arguments],
         cwd=REPOSITORY,
         env=cpu_environment(ACCELERATE_USE_CPU="false"),
         stdout=subprocess.PIPE,

@@ -179,6 +179,8 @@ def introduce(
         log.say(f"note: {r.arch} has no batch norm, so there is nothing to shuffle")
     elif not r.shuffle_bn:
         log.say("note: shuffle_bn is off: query and key share batch statistics (the paper's negative control)")
+    if step >= total:
+        log.say(f"nothing to do: the run is at step {step} of {total}; raise epochs or max_steps to train on")
 
 
 def what_to_lower(r: Recipe, ranks: int) -> str:

@@ -1,7 +1,14 @@
-"""What a run's numbers mean: warnings that name the likely cause and the remedy."""
+"""What a run's numbers mean: warnings that name the likely cause and the remedy, and the end at a loss of NaN."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoint import Writer
+from trainer.joining import gather_objects
+from trainer.metrics import Window
 
 
 def warnings_before(samples: int, batch_size: int, queue_size: int, lr: float, warmup_epochs: int) -> dict[str, str]:
@@ -21,7 +28,7 @@ def warnings_before(samples: int, batch_size: int, queue_size: int, lr: float, w
 
 
 def warnings_during(
-    metrics: dict[str, Any],
+    metrics: dict[str, float],
     queue_size: int,
     batch_size: int,
     usual_wait: float,
@@ -61,3 +68,23 @@ def warnings_during(
             "--short_side), a cache_dir for remote shards"
         )
     return found
+
+
+def stop_if_not_finite(
+    window: Window, gather: Callable[[Tensor], Tensor], control: dist.ProcessGroup | None, writer: Writer
+) -> None:
+    """Reads the losses since the last look, on all ranks. Raises FloatingPointError at one that is NaN or inf, with
+    what is needed to find the cause.
+    """
+    bad = window.settle(gather)
+    if bad is None:
+        return
+    step, rank, loss = bad
+    ids = gather_objects(window.sample_ids(step), control)[rank]
+    writer.join()
+    good = gather_objects(str(writer.last_good or "none"), control)[0]  # rank 0 writes
+    shown = ", ".join(map(str, ids[:32])) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
+    raise FloatingPointError(
+        f"the loss is {loss} at step {step} on rank {rank} (sample ids {shown}); last good checkpoint: {good}. "
+        "Usual remedies: bf16 or fp32 instead of fp16, a look at these samples, a new run with a lower lr or a warm-up"
+    )

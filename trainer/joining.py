@@ -63,12 +63,14 @@ def rejoin() -> None:
     )
 
 
-def control_group() -> Any:
+def control_group() -> dist.ProcessGroup | None:
     """A gloo group for messages between hosts that must not touch the GPU; None when there is one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     # The ranks wait here while rank 0 builds an index; for one that hangs there is the watchdog.
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def exit_with_launcher() -> None:
@@ -81,10 +83,25 @@ def exit_with_launcher() -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
+@contextmanager
+def all_ranks_agree(group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
+    """A part of the set-up that every rank goes through; facts that must be alike go into the dictionary.
+
+    At its end the ranks compare. Raises CommonError on every rank when any of them raised ValueError or OSError inside,
+    or when their facts differ: otherwise they would hang in the next collective, or train on different things.
+    """
+    facts: dict[str, Any] = {}
+    problem = ""
+    try:
+        yield facts
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    check_ranks_agree(facts, problem, group)
+
+
 def check_ranks_agree(facts: dict[str, Any], problem: str, group: dist.ProcessGroup | None) -> None:
-    """All ranks call it once set up. Raises CommonError on every rank when any of them met a `problem` or
-    when their `facts` differ, naming ranks and facts; without it they would hang in the first collective, or train on
-    different things.
+    """Raises CommonError on every rank when any of them met a `problem` or when their `facts` differ, naming ranks and
+    facts. All ranks call it.
     """
     if group is None:
         everyone: list[Any] = [(facts, problem)]

@@ -8,12 +8,11 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FIELDS = ("loss", "accuracy", "positive_logit", "negative_logit")  # of a row
 
@@ -31,7 +30,7 @@ class Window:
     def restart(self) -> None:
         """Starts the clock again, after a pause that is not training (kNN, saving) as after a log step."""
         self.began, self.steps, self.waits = time.perf_counter(), 0, 0.0
-        self.events: list[tuple[Any, Any]] = []
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -54,7 +53,7 @@ class Window:
         """rows: [4] as FIELDS, of each pass of the step."""
         self.pending.append((step, rows[0] if len(rows) == 1 else torch.stack(rows).mean(dim=0), sample_ids))
 
-    def settle(self, gather: Any) -> tuple[int, int, float] | None:
+    def settle(self, gather: Callable[[Tensor], Tensor]) -> tuple[int, int, float] | None:
         """Reads the pending rows of all ranks (this waits for the device). Returns the first (step, rank, loss) that
         is not finite, the same on every rank, or None. `gather` puts the ranks' tensors one after another.
         """
@@ -109,3 +108,9 @@ def memory_gb(device: torch.device) -> float:
 def norm(tensors: list[Tensor]) -> Tensor:
     """Of all of them as one vector; 0-d, on the device."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors])))
+
+
+def norm_of_gradients(net: nn.Module, scaler: torch.amp.GradScaler | None) -> Tensor:
+    """0-d, on the device; without the factor that fp16's gradient scaler puts on."""
+    scale = scaler.get_scale() if scaler is not None else 1.0
+    return norm([p.grad for p in net.parameters() if p.grad is not None]) / scale

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,8 +29,8 @@ class Profile:
         self.seconds: dict[str, float] = {}
         self.step = -1
         self.name, self.began = "", 0.0
-        self.range: Any = None
-        self.trace: Any = None
+        self.range: torch.profiler.record_function | None = None
+        self.trace: torch.profiler.profile | None = None
 
     def beside(self, other: Callable[[str], None]) -> Callable[[str], None]:
         """A function that tells both what the loop goes on to."""
@@ -74,6 +73,7 @@ class Profile:
             self.trace = torch.profiler.profile(activities=activities)
             self.trace.__enter__()
         if self.step == WARM_UP + self.steps:
+            assert self.trace is not None
             self.trace.__exit__(None, None, None)
             self.trace.export_chrome_trace(str(self.path))
             self.trace = None

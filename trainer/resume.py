@@ -3,6 +3,8 @@ ranks take, and the random generators.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ import torch.distributed as dist
 import checkpoint
 import recipe as recipes
 from recipe import CHANGEABLE, Recipe
-from trainer.joining import CommonError
 
 PARTS = {"step", "encoder", "moco", "optimizer", "scaler", "loader", "rng", "metrics"}  # that continuing needs
 
@@ -41,40 +42,49 @@ def compare_recipes(out: Path, r: Recipe) -> list[str]:
 
 def load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | None:
     """The newest checkpoint that verifies; rank 0 chooses, so that all ranks take the same one. None when there is
-    none.
+    none. ValueError when it lacks a part that continuing needs.
     """
-    state = _load_newest(out, group)
-    missing = [] if state is None else sorted(PARTS - state.keys())
-    if missing:
-        raise CommonError(
-            f"the checkpoint in {out} is of another version of this program: it has no {', '.join(missing)}; continue "
-            "with that version, or give another --out"
-        )
-    return state
-
-
-def _load_newest(out: Path, group: dist.ProcessGroup | None) -> dict[str, Any] | None:
-    if group is None:
-        return checkpoint.load_newest(out)
-    message: list[Any] = [None, ""]
     state = None
-    if dist.get_rank() == 0:
+    chosen: list[Any] = [None, ""]  # step, why it cannot be read
+    is_rank_0 = group is None or dist.get_rank() == 0
+    if is_rank_0:
         try:
             state = checkpoint.load_newest(out)
-            message[0] = state and state["step"]
+            if state is not None and (missing := sorted(PARTS - state.keys())):
+                raise ValueError(
+                    f"the newest checkpoint in {out} is of another version of this program: it has no "
+                    f"{', '.join(missing)}; continue with that version, or give another --out"
+                )
+            chosen[0] = state and state["step"]
         except ValueError as error:
-            message[1] = str(error)
-    dist.broadcast_object_list(message, src=0, group=group)
-    step, problem = message
+            chosen[1] = str(error)
+    if group is not None:
+        dist.broadcast_object_list(chosen, src=0, group=group)
+    step, problem = chosen
     if problem:
-        raise CommonError(problem)
-    if state is None and step is not None:
-        try:
-            state = checkpoint.load(checkpoint.path_of(out, step))
-        except FileNotFoundError:
-            path = checkpoint.path_of(out, step)
-            raise ValueError(f"no {path} here: --out must be on storage that all machines share") from None
-    return state
+        raise ValueError(problem)
+    if step is None or is_rank_0:
+        return state
+    path = checkpoint.path_of(out, step)
+    try:
+        return checkpoint.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"no {path} here: --out must be on storage that all machines share") from None
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Around the loading of a checkpoint's parts: ValueError that names the file, whatever does not fit."""
+    try:
+        yield
+    except ValueError as error:  # the loader's, which says what changed
+        raise ValueError(f"{path}: {error}") from None
+    except (RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is no checkpoint of this recipe: {type(error).__name__}: {reason[:200]}; take the file out of the "
+            "folder, or give another --out"
+        ) from None
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ class Stop:
         self._begun = False
         self._group: dist.ProcessGroup | None = None
         self._flag = torch.zeros(1)
-        self._work: Any = None
+        self._work: dist.Work | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._ask)

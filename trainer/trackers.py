@@ -6,7 +6,7 @@ import importlib.util
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ def check(names: Sequence[str]) -> None:
             raise ValueError(f"tracker {name} is not installed: pip install {name}, or leave it out of --trackers")
 
 
-def start(accelerator: Any, r: Recipe, step: int) -> None:
+def start(init_trackers: Callable[..., None], r: Recipe, step: int, *, is_main: bool) -> None:
     """TensorBoard goes into RUN/moco; W&B gets the recipe, and goes on with the W&B run of this folder. Raises
     ValueError when a tracker does not start.
     """
     # Without purge_step, what a killed run showed of steps that come again would be there twice; also from step 0 on.
     options: dict[str, Any] = {"tensorboard": {"purge_step": step + 1}}
-    if "wandb" in r.trackers and accelerator.is_main_process:
+    if "wandb" in r.trackers and is_main:
         options["wandb"] = wandb_options(Path(r.out)) | {"config": recipes.to_dict(r)}
     stdin = sys.stdin
     try:
         # Without a terminal W&B does not ask for an account, which would hold up all ranks, but says what to do.
         with Path(os.devnull).open() as sys.stdin:
-            accelerator.init_trackers("moco", init_kwargs=options)
+            init_trackers("moco", init_kwargs=options)
     except Exception as error:  # each tracker has errors of its own
         hint = ", or set WANDB_MODE=offline and `wandb sync` later" if "wandb" in r.trackers else ""
         text = f"a tracker does not start: {str(error).rstrip('.')}{hint}, or leave it out of --trackers"
@@ -52,16 +52,16 @@ def wandb_options(out: Path) -> dict[str, Any]:
     return {"name": out.name, "id": file.read_text().strip(), "resume": "allow", "dir": str(out)}
 
 
-def track(accelerator: Any, log: Log, metrics: dict[str, Any]) -> None:
+def track(send: Callable[..., None], log: Log, metrics: dict[str, float]) -> None:
     try:
-        accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
+        send({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
     except Exception as error:  # a full disk, W&B's process killed
         log.warn({"trackers": f"a tracker fails, its curves may end here: {type(error).__name__}: {error}"})
 
 
-def finish(accelerator: Any) -> None:
+def finish(end_training: Callable[[], None]) -> None:
     """The run is saved and over by now."""
     try:
-        accelerator.end_training()
+        end_training()
     except Exception as error:
         print(f"warning: a tracker did not close: {type(error).__name__}: {error}", file=sys.stderr)
