@@ -128,8 +128,8 @@ class Recipe:
             )
         if self.mechanism == "end_to_end" and self.accumulate > 1:
             raise ValueError(
-                f"mechanism end_to_end takes its negatives from the batch, and accumulate {self.accumulate} would leave "
-                f"{self.batch_size // self.accumulate - 1} of {self.batch_size - 1}: take accumulate 1 and a smaller "
+                f"mechanism end_to_end takes its negatives from the batch: accumulate {self.accumulate} would leave "
+                f"{self.batch_size // self.accumulate - 1} of {self.batch_size - 1}; take accumulate 1 and a smaller "
                 "batch_size"
             )
         if self.knn_every and not self.knn_data:
@@ -162,8 +162,8 @@ class Recipe:
         shares = f"{ranks} ranks x {self.accumulate} micro-batches"
         if self.bn_groups < passes:
             raise ValueError(
-                f"bn_groups {self.bn_groups} makes batch-norm groups of {size} images, but {shares} leave only {images} "
-                f"to a forward pass: give --bn_groups {passes} to train with groups of {images}, or fewer ranks or "
+                f"bn_groups {self.bn_groups} makes batch-norm groups of {size} images, but {shares} leave only "
+                f"{images} to a forward pass: give --bn_groups {passes} for groups of {images}, or fewer ranks or "
                 "micro-batches"
             )
         if self.bn_groups % passes:

@@ -277,9 +277,8 @@ def finish(t: Training, step: int, stop: Stop) -> None:
     if t.writer.problem:
         raise OSError(f"the last steps are not saved ({t.writer.problem}); the same command repeats them")
     if rank == 0 and step >= t.total and not t.r.profile:
-        (t.out / "finished").write_text(
-            f"{step}\n"
-        )  # for job scripts: a stopped run is not finished, and ends with 0 too
+        # For job scripts: a stopped run is not finished, and ends with 0 too.
+        (t.out / "finished").write_text(f"{step}\n")
     if step < t.total:
         who = stop.name or "another rank was told to stop"
         where = f"saved at step {step} of {t.total}; the same command continues from there"

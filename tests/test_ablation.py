@@ -94,7 +94,7 @@ def test_flags_are_fields_of_the_recipe(tmp_path: Path) -> None:
         r = recipes.parse(command[2:])
         r.validate()
         assert r.max_steps == p.steps
-        assert r.bn_groups_per_rank(1) == p.flags["bn_groups"]
+        assert r.bn_groups_per_pass(1) == p.flags["bn_groups"]
 
 
 def test_goes_on_after_an_interruption(

@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 import checkpoint
 import recipe as recipes
 from recipe import Recipe
+from trainer import build
 from trainer.resume import compare_recipes
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -78,12 +79,38 @@ def test_validate_names_the_number(change: dict[str, object], says: str) -> None
 
 
 def test_batch_and_groups_are_shared_out_over_the_ranks() -> None:
-    assert [GOOD.images_per_rank(n) for n in (1, 2, 8)] == [256, 128, 32]
-    assert [GOOD.bn_groups_per_rank(n) for n in (1, 2, 8, 16)] == [8, 4, 1, 1]
+    assert [GOOD.images_per_pass(n) for n in (1, 2, 8)] == [256, 128, 32]
+    assert [GOOD.bn_groups_per_pass(n) for n in (1, 2, 8)] == [8, 4, 1]
     with pytest.raises(ValueError, match=r"256 does not divide over 6 ranks.*nearest that does: 258"):
-        GOOD.images_per_rank(6)
-    with pytest.raises(ValueError, match="bn_groups 8 does not divide over 3 ranks"):
-        replace(GOOD, batch_size=240).bn_groups_per_rank(3)
+        GOOD.images_per_pass(6)
+    with pytest.raises(ValueError, match=r"bn_groups 8 .groups of 30 images. does not divide over 3 ranks"):
+        replace(GOOD, batch_size=240).bn_groups_per_pass(3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 8])
+def test_a_batch_norm_group_has_the_same_images_whatever_the_ranks_and_micro_batches(
+    ranks: int, accumulate: int
+) -> None:
+    r = replace(GOOD, batch_size=1024, bn_groups=64, accumulate=accumulate)  # moco_v1_ig1b: groups of 16
+    assert r.images_per_pass(ranks) / r.bn_groups_per_pass(ranks) == 16
+
+
+def test_more_forward_passes_than_batch_norm_groups_are_refused_with_both_sizes() -> None:
+    """Before, accumulate 4 turned groups of 8 images into groups of 2 without a word."""
+    r = replace(GOOD, batch_size=16, bn_groups=2, accumulate=4)
+    with pytest.raises(ValueError, match=r"groups of 8 images.*leave only 4 .*--bn_groups 4 .*groups of 4"):
+        r.bn_groups_per_pass(1)
+    with pytest.raises(ValueError, match="divides it"):
+        replace(r, bn_groups=3, accumulate=1).bn_groups_per_pass(1)
+
+
+def test_advice_for_a_small_gpu_says_what_becomes_of_batch_norm() -> None:
+    keeps = build.what_to_lower(replace(GOOD, bn_groups=8), 1)
+    assert "accumulate 2 (128 images at a time, not 256; lr as it is), or" in keeps
+    halves = build.what_to_lower(replace(GOOD, bn_groups=8), 8)
+    assert "accumulate 2 (16 images at a time, not 32; lr as it is) with bn_groups 16: batch norm over 16 " in halves
+    assert "accumulate" not in build.what_to_lower(replace(GOOD, bn_groups=32), 32)
 
 
 def test_a_run_folder_refuses_another_recipe_and_says_what_differs(tmp_path: Path) -> None:
@@ -91,6 +118,9 @@ def test_a_run_folder_refuses_another_recipe_and_says_what_differs(tmp_path: Pat
     assert compare_recipes(tmp_path, replace(GOOD, lr=0.1)) == []  # stopped before its first checkpoint: nothing lost
     checkpoint.save(tmp_path, {}, step=1, keep=1)
     notes = compare_recipes(tmp_path, replace(GOOD, epochs=400, log_every=5, out=str(tmp_path), data="moved"))
+    assert compare_recipes(tmp_path, replace(GOOD, bn_groups=16))[1].startswith(
+        "batch norm was over groups of 32 images"
+    )
     assert any("epochs changes from 200 to 400" in note for note in notes)
     assert any("cosine schedule is that of 400" in note for note in notes)
     assert not any(note.startswith("out ") for note in notes)
@@ -105,4 +135,4 @@ def test_every_recipe_says_where_it_comes_from_and_what_to_expect(path: Path) ->
     assert len(comments) >= 2
     r = replace(recipes.load(path), data="d", out="o")
     r.validate()
-    assert r.images_per_rank(1) % r.bn_groups_per_rank(1) == 0
+    assert r.images_per_pass(1) % r.bn_groups_per_pass(1) == 0

@@ -227,7 +227,7 @@ def test_accumulation_keeps_queue_and_momentum_at_one_move_a_step(
 ) -> None:
     """Two passes of 6 in a group each are a batch of 12 in two groups: but for rounding the same, without shuffling."""
     plain, halves = tmp_path / "plain", tmp_path / "halves"
-    for out, options in ((plain, {"bn_groups": 2}), (halves, {"bn_groups": 1, "accumulate": 2})):
+    for out, options in ((plain, {"bn_groups": 2}), (halves, {"bn_groups": 2, "accumulate": 2})):
         options |= {"shuffle_bn": False, "max_steps": 4, "lr": 0.0001}
         assert runs.train(out, shards_dir, **options) == [0], log_of(out).read_text()
     assert losses(halves) == pytest.approx(losses(plain), rel=2e-3)
@@ -326,7 +326,7 @@ def test_another_recipe_is_refused_and_so_is_other_data(
     [
         ({"batch_size": 84}, "60"),
         ({"bn_groups": 1}, "one process with bn_groups 1"),
-        ({"bn_groups": 5}, "12 images per rank and micro-batch do not divide into 5"),
+        ({"bn_groups": 5}, "batch_size 12 does not divide into bn_groups 5"),
         ({"views": "v7"}, "views 'v7' is none of v1"),
         ({"arch": "resnet19"}, "unknown arch 'resnet19'"),
         ({"trackers": "[wandb_that_is_not]"}, "wandb_that_is_not"),

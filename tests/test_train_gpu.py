@@ -46,7 +46,12 @@ def train(out: Path, data: Path, patch: str = "", **options: Any) -> tuple[int, 
 
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "fp32"}, {"precision": "tf32"}, {"precision": "bf16"}, {"precision": "bf16", "accumulate": 2}],
+    [
+        {"precision": "fp32"},
+        {"precision": "tf32"},
+        {"precision": "bf16"},
+        {"precision": "bf16", "accumulate": 2, "bn_groups": 4},
+    ],
 )
 def test_nothing_waits_for_the_gpu_between_log_steps(options: dict[str, Any], shards_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -30,7 +30,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, 
 def check_options(r: Recipe, ranks: int, device: torch.device) -> None:
     """Raises ValueError for what is wrong in itself, on so many ranks, or on this machine."""
     r.validate()
-    r.images_per_rank(ranks)
+    r.images_per_pass(ranks)
     if r.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     if r.views not in views.RECIPES:
@@ -116,11 +116,11 @@ def open_loader(r: Recipe, source: Source, rank: int, ranks: int, device: torch.
 
 
 def build_net(r: Recipe, ranks: int) -> Encoder:
-    """The query encoder, its batch norm split into this rank's share of the groups. The seed is set right before, so
+    """The query encoder, its batch norm split into the groups of one forward pass. The seed is set right before, so
     that every rank, and transfer's untrained baseline, has the same weights. Raises ValueError when batch norm would
     leak.
     """
-    groups = r.bn_groups_per_rank(ranks)
+    groups = r.bn_groups_per_pass(ranks)
     torch.manual_seed(r.seed)
     net = build_encoder(r.arch, width=r.width, small_stem=r.small_stem, dim=r.dim, mlp=r.mlp)
     shortcut = batchnorm_shortcut(net, world_size=ranks, bn_groups=groups, shuffle_bn=r.shuffle_bn)
@@ -144,7 +144,7 @@ def build_dictionary(
         dim=r.dim,
         queue_size=r.queue_size,
         temperature=r.temperature,
-        bn_groups=r.bn_groups_per_rank(ranks),
+        bn_groups=r.bn_groups_per_pass(ranks),
         shuffle_bn=r.shuffle_bn,
         seed=r.seed,
     )
@@ -163,18 +163,16 @@ def introduce(
     log: Log, r: Recipe, net: Encoder, samples: int, ranks: int, step: int, total: int, per_epoch: int, notes: list[str]
 ) -> None:
     """What is about to run, and what its numbers alone say about it."""
-    each, groups = r.images_per_rank(ranks), r.bn_groups_per_rank(ranks)
     log.say(
         f"{samples} images, {per_epoch} steps an epoch, steps {step} to {total}; {ranks} ranks x {r.accumulate} x "
-        f"{each} images, batch norm over groups of {each // groups} ({groups * ranks} groups)"
+        f"{r.images_per_pass(ranks)} images, batch norm over groups of {r.batch_size // r.bn_groups} "
+        f"({r.bn_groups} groups)"
     )
     rule = 0.03 * r.batch_size / 256
     log.say(f"lr {r.lr} for a global batch of {r.batch_size}; in proportion to the papers' 0.03 per 256: {rule:.4g}")
     for note in notes:
         log.say(f"note: {note}")
     log.warn(warnings_before(samples, r.batch_size, r.queue_size, r.lr, r.warmup_epochs))
-    if r.bn_groups < ranks:
-        log.say(f"note: bn_groups {r.bn_groups} is below the {ranks} ranks: each rank is a group")
     if not net.has_batchnorm:
         log.say(f"note: {r.arch} has no batch norm, so there is nothing to shuffle")
     elif not r.shuffle_bn:
@@ -186,9 +184,14 @@ def introduce(
 def what_to_lower(r: Recipe, ranks: int) -> str:
     """Advice for a GPU that is too small, the least harmful first."""
     options = [] if r.precision in ("bf16", "fp16") else ["precision bf16"]
-    each = r.images_per_rank(ranks)
-    if each // r.bn_groups_per_rank(ranks) >= 8:
-        options.append(f"accumulate {2 * r.accumulate} ({each // 2} images at a time, not {each}; lr as it is)")
+    each, passes = r.images_per_pass(ranks), 2 * r.accumulate * ranks
+    fewest = passes if ranks > 1 else 2 * passes  # one group in one process: no shuffling hides the statistics
+    smaller = f"accumulate {2 * r.accumulate} ({each // 2} images at a time, not {each}; lr as it is)"
+    if r.bn_groups % passes == 0 and r.bn_groups >= fewest:
+        options.append(smaller)
+    elif r.batch_size % fewest == 0 and r.batch_size // fewest >= 8:
+        sizes = f"batch norm over {r.batch_size // fewest} images, not {r.batch_size // r.bn_groups}"
+        options.append(f"{smaller} with bn_groups {fewest}: {sizes}")
     options += [
         f"more GPUs than {ranks}",
         f"batch_size {r.batch_size // 2} with lr {r.lr / 2:g}",

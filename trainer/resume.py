@@ -35,6 +35,9 @@ def compare_recipes(out: Path, r: Recipe) -> list[str]:
             f"{out} holds a run with another recipe: {listed}. Give another --out, or the same values to continue it"
         )
     notes = [f"{name} changes from {old!r} to {new!r}" for name, (old, new) in changed.items()]
+    if "bn_groups" in changed:
+        before, now = (r.batch_size / groups for groups in changed["bn_groups"])
+        notes.append(f"batch norm was over groups of {before:g} images, and is over groups of {now:g} from here on")
     if "epochs" in changed and r.schedule in ("step", "cosine"):
         notes.append(f"the {r.schedule} schedule is that of {r.epochs} epochs from here on")
     return notes
