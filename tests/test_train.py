@@ -91,7 +91,13 @@ def test_signals_save_and_end_with_0(
     number: signal.Signals, runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "told"
-    pids = runs.start(out, shards_dir)
+    slow = """
+import time
+from trainer import metrics
+add = metrics.Window.add
+metrics.Window.add = lambda *arguments: (time.sleep(0.1), add(*arguments))  # so that the signal comes before the end
+"""
+    pids = runs.start(out, shards_dir, patch=slow)
     wait_for_step(out, 3)
     told = time.monotonic()
     os.kill(pids[0], number)
