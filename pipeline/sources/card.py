@@ -5,11 +5,11 @@ A card lists sources with weights: of all images that training sees, each source
     sources:
       - {data: in1m/train, weight: 1, name: in1m}        # a folder, relative to this card
       - {data: "s3://bucket/web/{00000..00999}.tar", weight: 3, name: web}
+      - {data: "s3://public-bucket/photos", weight: 1, anonymous: true}    # read without credentials
     lanes: 8             # optional: how the samples are shuffled, see pipeline.reading.order
     chunk_shards: 4      # or: all
 """
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.files import is_remote, local_path
+from pipeline.sources.remote import ANONYMOUS
+
+
+LARGEST_WEIGHT = 1e100
 
 
 class Entry(NamedTuple):
@@ -44,8 +48,10 @@ def read_card(path: Path) -> Card:
         raise FileNotFoundError(f"no such card: {path}")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a card: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for bytes that are no text, and for impossible dates
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list) or not content["sources"]:
         raise ValueError(f"{path}: a card is `sources:` and a list of `{{data: ..., weight: ..., name: ...}}`")
     _known_keys(content, {"sources", "lanes", "chunk_shards"}, str(path))
@@ -66,7 +72,7 @@ def read_card(path: Path) -> Card:
 def _entry(entry: Any, card: Path, where: str) -> Entry:
     if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
         raise ValueError(f"{where}: needs `data:`, which is a folder, tars or a URL")
-    _known_keys(entry, {"data", "weight", "name"}, where)
+    _known_keys(entry, {"data", "weight", "name", "anonymous"}, where)
     data = entry["data"]
     if not (card.parent / local_path(data)).exists():
         data = os.path.expandvars(data)
@@ -76,12 +82,21 @@ def _entry(entry: Any, card: Path, where: str) -> Entry:
         data = str(card.parent / local_path(data))
     if is_card(data):
         raise ValueError(f"{where}: {data} is a card itself; list its sources here instead")
-    weight = entry.get("weight")
-    if weight is not None and not (type(weight) in (int, float) and math.isfinite(weight) and weight > 0):
+    anonymous = entry.get("anonymous", False)
+    if type(anonymous) is not bool or (anonymous and not is_remote(data)):
         raise ValueError(
-            f"{where}: weight {weight!r} must be a number above 0; leave a source out by deleting its line"
+            f"{where}: `anonymous: true` is for a URL such as s3://, which is then read without credentials"
         )
-    return Entry(data, weight, str(entry.get("name", short_name(data))))
+    if anonymous and not data.startswith(ANONYMOUS):
+        data = ANONYMOUS + data
+    weight, name = entry.get("weight"), entry.get("name", short_name(data))
+    if weight is not None and not (type(weight) in (int, float) and 0 < weight < LARGEST_WEIGHT):
+        raise ValueError(
+            f"{where}: weight {str(weight)[:40]} must be a number above 0; leave a source out by deleting its line"
+        )
+    if not isinstance(name, str | int | float):
+        raise ValueError(f"{where}: name must be a word")
+    return Entry(data, weight, str(name))
 
 
 def _known_keys(given: dict[Any, Any], known: set[str], where: str) -> None:

@@ -375,7 +375,7 @@ def test_card(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("sources: []", "a card is `sources:`"),
         ("sources: copy", "a card is `sources:`"),
         ("sources: [{data: copy}]\nlane: 4", "unknown key lane; known are chunk_shards, lanes, sources"),
-        ("sources: [{data: copy, wieght: 1}]", "source 1: unknown key wieght; known are data, name, weight"),
+        ("sources: [{data: copy, wieght: 1}]", "source 1: unknown key wieght; known are anonymous, data, name, weight"),
         ("sources: [{weight: 1}]", "source 1: needs `data:`"),
         ("sources: [{data: copy, weight: 0}]", "weight 0 must be a number above 0"),
         ("sources: [{data: copy, weight: -1}]", "weight -1 must be"),
@@ -388,6 +388,12 @@ def test_card(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("sources: [{data: other.yaml}]", "is a card itself"),
         ("sources: [{data: $NOT_SET_AT_ALL/x}]", "environment variable"),
         ("sources: [{data: none}]", "source 1: no such folder: .*none"),
+        ("sources: " + "[" * 5000, "card.yaml is not a card: it is nested too deeply"),
+        ("sources: 2020-99-99", "card.yaml is not YAML: month must be in"),
+        ("sources: [{data: copy, weight: 1" + "0" * 400 + "}]", "card.yaml, source 1: weight 1000.* must be"),
+        ("sources: [{data: copy, name: [a]}]", "card.yaml, source 1: name must be"),
+        ("sources: [{data: copy, anonymous: true}]", "source 1: `anonymous: true` is for a URL"),
+        ("sources: [{data: 's3://a/b', anonymous: maybe}]", "source 1: `anonymous: true` is for a URL"),
         ("sources: [{data: copy}", "is not YAML"),
     ],
 )
@@ -398,6 +404,9 @@ def test_cards_that_are_wrong(folder: Path, tmp_path: Path, text: str, message: 
         open_source(str(card))
     with pytest.raises(FileNotFoundError, match="no such card"):
         open_source(str(tmp_path / "none.yaml"))
+    card.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"card.yaml is not YAML"):
+        open_source(str(card))
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
