@@ -21,7 +21,6 @@ import yaml
 from pipeline.files import is_remote, local_path
 from pipeline.sources.remote import ANONYMOUS
 
-
 LARGEST_WEIGHT = 1e100
 
 

@@ -23,8 +23,10 @@ REQUESTS = 16  # at once in a process; 128 MiB of memory when all are in flight
 TRIES = 8  # with the pauses below, a server may be away for half a minute
 ANONYMOUS = "anonymous+"
 WITHOUT_CREDENTIALS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("s3", "s3a"), {"anon": True}),
-    **dict.fromkeys(("gs", "gcs"), {"token": "anon"}),
+    "s3": {"anon": True},
+    "s3a": {"anon": True},
+    "gs": {"token": "anon"},
+    "gcs": {"token": "anon"},
     "hf": {"token": False},
 }
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
@@ -51,7 +53,7 @@ def _filesystem(protocol: str, anonymous: bool = False) -> Any:
         return fsspec.filesystem(protocol, **options)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        remedy = f"`pip install 'moco-pipeline[{extra}]'`" if extra else f"install it ({error})"
+        remedy = f"`pip install -e '.[{extra}]'`" if extra else f"install it ({error})"
         raise ValueError(f"{protocol}:// needs a package that is not installed: {remedy}") from None
     except ValueError:
         raise ValueError(

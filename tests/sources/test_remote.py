@@ -197,8 +197,8 @@ def test_public_buckets(serve: Serve, shards_dir: Path, tmp_path: Path, monkeypa
 
 def test_requester_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable that the error names is fsspec's, which reads its environment once."""
-    monkeypatch.setattr(fsspec.config, "conf_dict", {})
-    fsspec.config.set_conf_env(fsspec.config.conf_dict, {"FSSPEC_S3_REQUESTER_PAYS": "true"})
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    fsspec.config.set_conf_env(fsspec.config.conf, {"FSSPEC_S3_REQUESTER_PAYS": "true"})
     remote._filesystem.cache_clear()
     assert remote._filesystem("s3").req_kw == {"RequestPayer": "requester"}
     remote._filesystem.cache_clear()
