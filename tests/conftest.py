@@ -53,7 +53,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def _refuse_process(event: str, arguments: Any) -> None:
-    if _guarded and event in STARTS and "/sbin/ldconfig" not in arguments:  # which torch's import runs, wherever it comes
+    if _guarded and event in STARTS and "/sbin/ldconfig" not in arguments:  # which torch runs when imported
         pytest.fail(f"a test that is not marked `process` starts one: {event} {str(arguments)[:200]}")
 
 
