@@ -16,7 +16,19 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    return Path(url.removeprefix("file://")).expanduser()
+    path = Path(url.removeprefix("file://"))
+    try:
+        return path.expanduser()
+    except RuntimeError:  # "~name" of no user is a name like others
+        return path
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; False too for a pattern that is longer than a name can be."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def file_system(url: str) -> tuple[Any, str]:

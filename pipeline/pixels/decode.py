@@ -13,6 +13,7 @@ import logging
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -119,6 +120,9 @@ def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image
         if kind in ANNOUNCED:
             with contextlib.suppress(IndexError, struct.error):  # it ends too early, as its decoder will say
                 check_pixels(*ANNOUNCED[kind](data), max_pixels)
+        if kind == "png":
+            for _ in png_chunks(data):  # Pillow itself does not look at the checksums of the pixels
+                pass
         image = _decoder(kind)(io.BytesIO(data))
         check_pixels(*image.size, max_pixels)
         if kind == "tif":  # libtiff makes room for a whole tile, however small the image
@@ -188,6 +192,27 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """BadImage when a picture of this size has more than `max_pixels` pixels."""
     if height * width > max_pixels:
         raise BadImage("too many pixels", f"{width}x{height} is {height * width:,} pixels, the limit is {max_pixels:,}")
+
+
+def png_chunks(data: memoryview) -> Iterator[tuple[bytes, int, int, bool]]:
+    """Each whole chunk of a PNG up to IEND: its kind, where its contents begin and end, whether its checksum is right.
+
+    BadImage when the checksum of a chunk is wrong without which there is no picture: libpng, which DALI and viewers
+    use, refuses it.
+    """
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            return
+        intact = zlib.crc32(data[position + 4 : end]) == struct.unpack_from(">I", data, end)[0]
+        if not intact and kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            raise BadImage("does not decode", f"PNG chunk {kind.decode()} at byte {position:,} does not match its CRC")
+        yield kind, position + 8, end, intact
+        if kind == b"IEND":
+            return
+        position = end + 4
 
 
 @contextlib.contextmanager

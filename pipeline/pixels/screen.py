@@ -10,12 +10,20 @@ A decode error inside DALI costs the whole batch and can kill the process, so no
 
 import re
 import struct
-import zlib
 
 import numpy as np
 
 from pipeline.pixels import headers
-from pipeline.pixels.decode import MAX_PIXELS, BadImage, Remark, check_decodes, check_pixels, ignore, open_image
+from pipeline.pixels.decode import (
+    MAX_PIXELS,
+    BadImage,
+    Remark,
+    check_decodes,
+    check_pixels,
+    ignore,
+    open_image,
+    png_chunks,
+)
 
 # In a PNG: EXIF as text, an orientation in XMP, anything compressed.
 _TELLING = re.compile(rb"\A....(zTXt|iTXt[^\0]*\0[^\0]|tEXtexif\0|tEXtRaw profile)|tiff:", re.DOTALL)
@@ -137,33 +145,18 @@ def _exif_orientation(tiff: bytes) -> int:
 
 def _png(data: memoryview, max_pixels: int) -> tuple[int, int] | None:
     """Walks the chunks to IEND and checks their CRCs."""
-    position, plain, ended = 8, True, False
     if data[12:16] != b"IHDR":
         return None
     width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
     check_pixels(width, height, max_pixels)
-    if depth != 8 or colour not in (0, 2, 3, 4, 6) or interlace:
-        plain = False
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
-        if end + 4 > len(data):
-            break
-        if zlib.crc32(data[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-                raise BadImage(
-                    "does not decode", f"PNG chunk {kind.decode()} at byte {position:,} does not match its CRC"
-                )
+    plain, last, reach = depth == 8 and colour in (0, 2, 3, 4, 6) and not interlace, b"", 8
+    for kind, begin, end, intact in png_chunks(data):
+        if not intact or kind in (b"acTL", b"eXIf", b"tRNS"):
             plain = False
-        if kind in (b"acTL", b"eXIf", b"tRNS"):
-            plain = False
-        elif kind in (b"iTXt", b"tEXt", b"zTXt") and (length > 4096 or _TELLING.search(data[position:end])):
+        elif kind in (b"iTXt", b"tEXt", b"zTXt") and (end - begin > 4096 or _TELLING.search(data[begin - 8 : end])):
             plain = False  # may hold an orientation, or more text than Pillow takes
-        position = end + 4
-        if kind == b"IEND":
-            ended = True
-            break
-    return (height, width) if plain and ended and position == len(data) else None
+        last, reach = kind, end + 4
+    return (height, width) if plain and last == b"IEND" and reach == len(data) else None
 
 
 def _webp(data: memoryview) -> tuple[int, int] | None:

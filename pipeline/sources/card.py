@@ -5,11 +5,11 @@ A card lists sources with weights: of all images that training sees, each source
     sources:
       - {data: in1m/train, weight: 1, name: in1m}        # a folder, relative to this card
       - {data: "s3://bucket/web/{00000..00999}.tar", weight: 3, name: web}
-      - {data: "s3://public-bucket/photos", weight: 1, anonymous: true}    # read without credentials
     lanes: 8             # optional: how the samples are shuffled, see pipeline.reading.order
     chunk_shards: 4      # or: all
 """
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pipeline.files import is_remote, local_path
-from pipeline.sources.remote import ANONYMOUS
+from pipeline.files import exists, is_remote, local_path
 
-LARGEST_WEIGHT = 1e100
+DEEPEST = 20  # levels of lists and mappings in a card, which has three
 
 
 class Entry(NamedTuple):
@@ -45,12 +44,7 @@ def read_card(path: Path) -> Card:
     """FileNotFoundError when there is no such card, ValueError saying which key is wrong and what would be right."""
     if not path.is_file():
         raise FileNotFoundError(f"no such card: {path}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except RecursionError:
-        raise ValueError(f"{path} is not a card: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError for bytes that are no text, and for impossible dates
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    content = _load_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list) or not content["sources"]:
         raise ValueError(f"{path}: a card is `sources:` and a list of `{{data: ..., weight: ..., name: ...}}`")
     _known_keys(content, {"sources", "lanes", "chunk_shards"}, str(path))
@@ -68,12 +62,31 @@ def read_card(path: Path) -> Card:
     return Card(entries, lanes, 0 if chunk == "all" else _whole_number(chunk, f"{path}: chunk_shards"))
 
 
+def _load_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            # A few hundred bytes of aliases of aliases take gigabytes when they are written out, and PyYAML's time
+            # grows with the square of the depth.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it uses an alias (*name), which a card may not: write each source out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # not UTF-8; the 31st of April; a number of 5,000 digits
+        raise ValueError(f"{path} is no card: {' '.join(str(error).split())}") from None
+
+
 def _entry(entry: Any, card: Path, where: str) -> Entry:
     if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
         raise ValueError(f"{where}: needs `data:`, which is a folder, tars or a URL")
-    _known_keys(entry, {"data", "weight", "name", "anonymous"}, where)
+    _known_keys(entry, {"data", "weight", "name"}, where)
     data = entry["data"]
-    if not (card.parent / local_path(data)).exists():
+    if not exists(card.parent / local_path(data)):
         data = os.path.expandvars(data)
         if "$" in data:
             raise ValueError(f"{where}: {data} names an environment variable that is not set")
@@ -81,20 +94,14 @@ def _entry(entry: Any, card: Path, where: str) -> Entry:
         data = str(card.parent / local_path(data))
     if is_card(data):
         raise ValueError(f"{where}: {data} is a card itself; list its sources here instead")
-    anonymous = entry.get("anonymous", False)
-    if type(anonymous) is not bool or (anonymous and not is_remote(data)):
+    weight = entry.get("weight")
+    if weight is not None and not (type(weight) in (int, float) and math.isfinite(weight) and weight > 0):
         raise ValueError(
-            f"{where}: `anonymous: true` is for a URL such as s3://, which is then read without credentials"
+            f"{where}: weight {weight!r} must be a number above 0; leave a source out by deleting its line"
         )
-    if anonymous and not data.startswith(ANONYMOUS):
-        data = ANONYMOUS + data
-    weight, name = entry.get("weight"), entry.get("name", short_name(data))
-    if weight is not None and not (type(weight) in (int, float) and 0 < weight < LARGEST_WEIGHT):
-        raise ValueError(
-            f"{where}: weight {str(weight)[:40]} must be a number above 0; leave a source out by deleting its line"
-        )
-    if not isinstance(name, str | int | float):
-        raise ValueError(f"{where}: name must be a word")
+    name = entry.get("name", short_name(data))
+    if type(name) not in (str, int, float):
+        raise ValueError(f"{where}: the name {str(name)[:100]!r} must be a text")
     return Entry(data, weight, str(name))
 
 
@@ -115,14 +122,14 @@ def is_card(data: str) -> bool:
 
 def is_folder(data: str) -> bool:
     """A folder may be named as anything else is: photos.tar, cards.yaml, [v2]."""
-    return not is_remote(data) and local_path(data).is_dir()
+    return not is_remote(data) and exists(local_path(data)) and local_path(data).is_dir()
 
 
 def is_pattern(data: str) -> bool:
     """Braces and *; locally also ? and [, which mean other things in a URL. What is there locally is no pattern."""
     if is_remote(data):
         return re.search(r"[*{]", data) is not None
-    return re.search(r"[*{?\[]", data) is not None and not local_path(data).exists()
+    return re.search(r"[*{?\[]", data) is not None and not exists(local_path(data))
 
 
 def is_tar(data: str) -> bool:

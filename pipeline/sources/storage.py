@@ -18,7 +18,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
-from pipeline.files import is_remote, local_path
+from pipeline.files import exists, is_remote, local_path
 from pipeline.sources import remote
 from pipeline.sources.cache import Cache, default_cache_dir
 
@@ -235,9 +235,9 @@ class Storage:
             expanded = [(p, remote.glob(p) if "*" in p else [p]) for p in _braces(pattern)]
         else:
             path = local_path(pattern)
-            if path.exists():
+            if exists(path):
                 return [str(path)]
-            folder = next(f for f in path.parents if f.is_dir() or f == f.parent)
+            folder = next(f for f in path.parents if (exists(f) and f.is_dir()) or f == f.parent)
             rest = str(path.relative_to(folder))
             expanded = [(str(folder / p), _glob_below(folder, p)) for p in _braces(rest)]
         for name, found in expanded:
@@ -268,7 +268,7 @@ def _braces(pattern: str) -> Sequence[str]:
 
 
 def _glob_below(folder: Path, pattern: str) -> Sequence[str]:
-    if (folder / pattern).exists() or not glob.has_magic(pattern):
+    if exists(folder / pattern) or not glob.has_magic(pattern):
         return [str(folder / pattern)]
     return [str(folder / name) for name in sorted(glob.glob(pattern, root_dir=folder))]  # noqa: PTH207 (any folder name)
 

@@ -78,7 +78,7 @@ def walk_tar(read: Callable[[int, int], bytes], begin: int, end: int, label: str
                 size = int(digits)
             else:
                 problem = problem or f"has the size {digits[:30].decode('ascii', 'replace')!r} in its PAX header"
-        shown = name if len(name) <= 200 else f"{name[:200]}..."
+        shown = _on_one_line(name)
         if problem:
             raise ValueError(f"{label} is damaged: member {shown} {problem}; fetch or write it again")
         if kind in b"123456":  # links, devices, folders: nothing follows the header whatever the size says
@@ -101,6 +101,12 @@ def walk_tar(read: Callable[[int, int], bytes], begin: int, end: int, label: str
         raise ValueError(f"{label} is cut short at byte {end - begin:,}; fetch or write it again")
     # No end-of-archive blocks: some writers leave them out, and a killed one too; the manifest's byte count tells
     # which.
+
+
+def _on_one_line(name: str) -> str:
+    """For a message: no line breaks, no bytes that are not UTF-8, not without end."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name[:200])
+    return text if len(name) <= 200 else f"{text}..."
 
 
 def _padded(size: int) -> int:

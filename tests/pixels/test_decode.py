@@ -101,6 +101,20 @@ def test_not_images_are_refused_everywhere() -> None:
             assert caught.value.reason == "not an image", name
 
 
+@pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"IDAT", b"IEND"])
+def test_a_png_with_a_wrong_checksum_is_refused_everywhere(kind: bytes) -> None:
+    """DALI refuses it, and costs the whole batch; Pillow itself looks at some of them only."""
+    content = bytearray(encode(quadrants().quantize(8), "PNG"))
+    at = content.index(kind)
+    content[at + 4 + int.from_bytes(content[at - 4 : at], "big")] ^= 1
+    for look in (inspect, decode, verify, picture):
+        with pytest.raises(BadImage, match=f"does not decode: PNG chunk {kind.decode()} at byte {at - 4:,}"):
+            look(as_array(bytes(content)))
+    for options in (Options(), Options(short_side=30), Options(convert=True)):
+        with pytest.raises(Rejected, match=f"PNG chunk {kind.decode()}"):
+            prepare(bytes(content), "a.png", options)
+
+
 BOMBS_SCRIPT = """
 import resource, sys, time
 import numpy as np
