@@ -186,9 +186,9 @@ def make_s3_server(root: Path, port: int, faults: Faults) -> Any:
     client = boto3.client(
         "s3", endpoint_url=address, aws_access_key_id="x", aws_secret_access_key="x", region_name="us-east-1"
     )
-    client.create_bucket(Bucket="data")
+    client.create_bucket(Bucket="data", ACL="public-read")
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        client.put_object(Bucket="data", Key=str(path.relative_to(root)), Body=path.read_bytes())
+        client.put_object(Bucket="data", Key=str(path.relative_to(root)), Body=path.read_bytes(), ACL="public-read")
     ready.set()
     return server
 

@@ -53,8 +53,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def _refuse_process(event: str, arguments: Any) -> None:
-    looks_up_a_library = bool(arguments) and arguments[0] == "/sbin/ldconfig"  # by whom a test imports first
-    if _guarded and event in STARTS and not looks_up_a_library:
+    if _guarded and event in STARTS and "/sbin/ldconfig" not in arguments:  # which torch runs when imported
         pytest.fail(f"a test that is not marked `process` starts one: {event} {str(arguments)[:200]}")
 
 

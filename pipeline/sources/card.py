@@ -5,21 +5,23 @@ A card lists sources with weights: of all images that training sees, each source
     sources:
       - {data: in1m/train, weight: 1, name: in1m}        # a folder, relative to this card
       - {data: "s3://bucket/web/{00000..00999}.tar", weight: 3, name: web}
+      - {data: "s3://public-bucket/photos", weight: 1, anonymous: true}    # read without credentials
     lanes: 8             # optional: how the samples are shuffled, see pipeline.reading.order
     chunk_shards: 4      # or: all
 """
 
-import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from pipeline.files import exists, is_remote, local_path
+from pipeline.sources.remote import ANONYMOUS
 
+LARGEST_WEIGHT = 1e100
 DEEPEST = 20  # levels of lists and mappings in a card, which has three
 
 
@@ -65,26 +67,32 @@ def read_card(path: Path) -> Card:
 def _load_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            # A few hundred bytes of aliases of aliases take gigabytes when they are written out, and PyYAML's time
-            # grows with the square of the depth.
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it uses an alias (*name), which a card may not: write each source out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise ValueError(f"it is nested more than {DEEPEST} levels deep")
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except ValueError as error:  # not UTF-8; the 31st of April; a number of 5,000 digits
-        raise ValueError(f"{path} is no card: {' '.join(str(error).split())}") from None
+        problem = _problem(yaml.parse(text, yaml.SafeLoader))
+        content = None if problem else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for bytes that are no text, and for impossible dates
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    if problem:
+        raise ValueError(f"{path} is not a card: {problem}")
+    return content
+
+
+def _problem(events: Iterable[yaml.Event]) -> str:
+    """Why a card's YAML is not loaded: a few hundred bytes of aliases of aliases take gigabytes when they are written
+    out, and PyYAML's time grows with the square of the depth."""
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            return "it uses an alias (*name): write each source out"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            return "it is nested too deeply"
+    return ""
 
 
 def _entry(entry: Any, card: Path, where: str) -> Entry:
     if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
         raise ValueError(f"{where}: needs `data:`, which is a folder, tars or a URL")
-    _known_keys(entry, {"data", "weight", "name"}, where)
+    _known_keys(entry, {"data", "weight", "name", "anonymous"}, where)
     data = entry["data"]
     if not exists(card.parent / local_path(data)):
         data = os.path.expandvars(data)
@@ -94,14 +102,20 @@ def _entry(entry: Any, card: Path, where: str) -> Entry:
         data = str(card.parent / local_path(data))
     if is_card(data):
         raise ValueError(f"{where}: {data} is a card itself; list its sources here instead")
-    weight = entry.get("weight")
-    if weight is not None and not (type(weight) in (int, float) and math.isfinite(weight) and weight > 0):
+    anonymous = entry.get("anonymous", False)
+    if type(anonymous) is not bool or (anonymous and not is_remote(data)):
         raise ValueError(
-            f"{where}: weight {weight!r} must be a number above 0; leave a source out by deleting its line"
+            f"{where}: `anonymous: true` is for a URL such as s3://, which is then read without credentials"
         )
-    name = entry.get("name", short_name(data))
+    if anonymous and not data.startswith(ANONYMOUS):
+        data = ANONYMOUS + data
+    weight, name = entry.get("weight"), entry.get("name", short_name(data))
+    if weight is not None and not (type(weight) in (int, float) and 0 < weight < LARGEST_WEIGHT):
+        raise ValueError(
+            f"{where}: weight {str(weight)[:40]} must be a number above 0; leave a source out by deleting its line"
+        )
     if type(name) not in (str, int, float):
-        raise ValueError(f"{where}: the name {str(name)[:100]!r} must be a text")
+        raise ValueError(f"{where}: name must be a word, not {str(name)[:40]}")
     return Entry(data, weight, str(name))
 
 

@@ -2,6 +2,8 @@
 
 Every request is tried again, with growing pauses, unless the answer is final (not there, not allowed). A read that
 comes back short goes on where it ended. So a busy or flaky server costs time, never data.
+
+`anonymous+s3://bucket/...` (and gs, hf) reads a public place without looking for credentials.
 """
 
 import contextlib
@@ -19,11 +21,19 @@ T = TypeVar("T")
 RANGE = 8 << 20  # bytes a request: at 100 ms of latency and 50 MB/s a connection, latency is a third of the time
 REQUESTS = 16  # at once in a process; 128 MiB of memory when all are in flight
 TRIES = 8  # with the pauses below, a server may be away for half a minute
+ANONYMOUS = "anonymous+"
+WITHOUT_CREDENTIALS: dict[str, dict[str, Any]] = {
+    "s3": {"anon": True},
+    "s3a": {"anon": True},
+    "gs": {"token": "anon"},
+    "gcs": {"token": "anon"},
+    "hf": {"token": False},
+}
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 
 
 @functools.cache
-def _filesystem(protocol: str) -> Any:
+def _filesystem(protocol: str, anonymous: bool = False) -> Any:
     """One for all threads, since its coroutines run in fsspec's own event loop; fsspec would make one for each."""
     options: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in ("http", "https"):
@@ -37,11 +47,13 @@ def _filesystem(protocol: str) -> Any:
     elif protocol in ("s3", "s3a"):
         # The pool of connections is 10 unless told, fewer than our requests.
         options["config_kwargs"] = {"max_pool_connections": REQUESTS, "connect_timeout": 10, "read_timeout": 30}
+    if anonymous:
+        options |= WITHOUT_CREDENTIALS.get(protocol, {})
     try:
         return fsspec.filesystem(protocol, **options)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        remedy = f"`pip install 'moco-pipeline[{extra}]'`" if extra else f"install it ({error})"
+        remedy = f"`pip install -e '.[{extra}]'`" if extra else f"install it ({error})"
         raise ValueError(f"{protocol}:// needs a package that is not installed: {remedy}") from None
     except ValueError:
         raise ValueError(
@@ -50,8 +62,9 @@ def _filesystem(protocol: str) -> Any:
 
 
 def _split(url: str) -> tuple[Any, str]:
-    filesystem = _filesystem(url.partition("://")[0])
-    return filesystem, filesystem._strip_protocol(url)
+    bare = url.removeprefix(ANONYMOUS)
+    filesystem = _filesystem(bare.partition("://")[0], bare != url)
+    return filesystem, filesystem._strip_protocol(bare)
 
 
 def is_final(error: object) -> bool:
@@ -75,10 +88,24 @@ def retry(url: str, request: Callable[[], T], stop: threading.Event | None = Non
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"no such object: {url}") from None
             if is_final(error):
-                raise ValueError(f"{url}: {reason(error)}; check the address and your credentials") from error
+                raise ValueError(f"{url}: {reason(error)}; {_remedy(url)}") from error
             if is_last:
                 raise OSError(f"{url}: given up after {TRIES} tries, the last: {reason(error)}") from error
     raise AssertionError
+
+
+def _remedy(url: str) -> str:
+    """What may help where a server refuses."""
+    protocol, _, rest = url.partition("://")
+    bucket = rest.partition("/")[0]
+    if protocol in WITHOUT_CREDENTIALS:
+        told = (
+            f"check the address and your credentials, or read a public bucket as {ANONYMOUS}{protocol}://{bucket}/..."
+        )
+        if protocol in ("s3", "s3a"):
+            told += " (environment: AWS_ENDPOINT_URL for another endpoint, FSSPEC_S3_REQUESTER_PAYS=true where you pay)"
+        return told
+    return "check the address" if url.startswith(ANONYMOUS) else "check the address and your credentials"
 
 
 def tries(url: str, stop: threading.Event | None = None) -> Iterator[bool]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from conftest import REPOSITORY, cpu_environment
@@ -171,6 +172,36 @@ def test_a_missing_index_of_a_remote_source_is_built_in_the_cache(
     with pytest.raises(ValueError, match=r"what is in .*shard-000001.tar has 15 samples, the manifest says 14"):
         read_index_text(replace(source.manifests[0], shards=tuple(shards)), 1, storage)
     storage.close()
+
+
+def test_public_buckets(serve: Serve, shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without credentials: the error says how a public bucket is read, and so it is, as --data and in a card."""
+    url, cache = serve("s3", shards_dir), str(tmp_path / "cache")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{name}")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    remote._filesystem.cache_clear()
+    with pytest.raises(ValueError, match=r"anonymous\+s3://data/\.\.\. .*AWS_ENDPOINT_URL.*REQUESTER_PAYS"):
+        open_source(url, cache_dir=cache)
+    card = tmp_path / "card.yaml"
+    card.write_text(f"sources: [{{data: {url}, anonymous: true}}]")
+    local, storage = open_source(str(shards_dir)), Storage(cache_dir=cache)
+    for data in (f"anonymous+{url}", str(card), f"anonymous+{url}/shard-00000*.tar"):
+        source = open_source(data, cache_dir=cache)
+        assert source.manifests[0].shards == local.manifests[0].shards
+        assert source.names == ("data",)
+    assert images(source, storage) == images(local, storage)
+    storage.close()
+
+
+def test_requester_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable that the error names is fsspec's, which reads its environment once."""
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    fsspec.config.set_conf_env(fsspec.config.conf, {"FSSPEC_S3_REQUESTER_PAYS": "true"})
+    remote._filesystem.cache_clear()
+    assert remote._filesystem("s3").req_kw == {"RequestPayer": "requester"}
+    remote._filesystem.cache_clear()
 
 
 def test_signed_urls(serve: Serve, shards_dir: Path, tmp_path: Path) -> None:
