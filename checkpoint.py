@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,15 @@ def save(run_dir: str | Path, state: dict[str, Any], *, step: int, keep: int, ke
     except RuntimeError as error:  # of torch's zip writer, whose own words do not say that the disk is full
         raise OSError(f"{path}: {error.__context__ or error}") from error
     _fsync_folder(folder)
-    steps = [other for other in list_steps(run_dir) if other <= step]
-    for old in steps[:-keep]:
-        if not (keep_every and old % keep_every == 0):
-            (folder / f"step_{old:08d}.pt").unlink(missing_ok=True)
+    for old in superseded(list_steps(run_dir), step, keep=keep, keep_every=keep_every):
+        path_of(run_dir, old).unlink(missing_ok=True)
     return path
+
+
+def superseded(steps: list[int], newest: int, *, keep: int, keep_every: int) -> list[int]:
+    """Those of `steps`, ascending, that are not kept once `newest` is saved; as in `save`."""
+    older = [step for step in steps if step <= newest][:-keep]
+    return [step for step in older if not (keep_every and step % keep_every == 0)]
 
 
 def list_steps(run_dir: str | Path) -> list[int]:
@@ -122,10 +127,14 @@ def snapshot(state: Any) -> Any:
 class Writer:
     """Writes snapshots in a background thread, one at a time. A write that fails is a warning, not the end of the
     run.
+
+    `upload` copies the run folder to the URL that it is kept at, and is called in the same thread after each write.
     """
 
-    def __init__(self, run_dir: str | Path, *, keep: int, keep_every: int = 0) -> None:
-        self.run_dir, self.keep, self.keep_every = Path(run_dir), keep, keep_every
+    def __init__(
+        self, run_dir: str | Path, *, keep: int, keep_every: int = 0, upload: Callable[[], None] | None = None
+    ) -> None:
+        self.run_dir, self.keep, self.keep_every, self.upload = Path(run_dir), keep, keep_every, upload
         self.last_good: Path | None = latest(run_dir)
         self.problem = ""  # why the last write failed
         self.seconds = 0.0  # of the last write
@@ -152,11 +161,20 @@ class Writer:
             self.last_good = save(self.run_dir, state, step=step, keep=self.keep, keep_every=self.keep_every)
             self.problem = ""
         except OSError as error:
-            self.problem = str(error)
-            said = f"warning: step {step} not saved ({error}); the last checkpoint is {self.last_good or 'none'}"
-            with contextlib.suppress(OSError):  # the log may be on the same disk
-                print(said, file=sys.stderr, flush=True)
+            self.problem = f"{error}; the same command repeats them"
+            self._warn(f"step {step} not saved ({error}); the last checkpoint is {self.last_good or 'none'}")
+        else:
+            try:
+                if self.upload is not None:
+                    self.upload()
+            except (OSError, ValueError) as error:
+                self.problem = f"{error}; they are in {self.run_dir} alone, and the same command uploads them"
+                self._warn(f"step {step} is saved in {self.run_dir} alone ({error}); the next save uploads again")
         self.seconds = time.perf_counter() - begin
+
+    def _warn(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the log may be on the same disk
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _fsync_folder(folder: Path) -> None:

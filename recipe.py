@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from pipeline.files import write_atomically
+from pipeline.files import is_remote, write_atomically
 
 
 def _(default: Any, help: str) -> Any:
@@ -79,7 +79,8 @@ class Recipe:
     warmup_epochs: int = _(0, "epochs over which lr rises linearly to its value (the papers: none)")
 
     # --- run
-    out: str = _("", "run folder; the same command again continues what is in it")
+    out: str = _("", "run folder, or its URL; the same command again continues what is in it")
+    work_dir: str = _("", "local folder that a run lives in whose out is a URL; empty: a folder beside the disk cache")
     seed: int = _(0, "seed of weights, order and views")
     save_every: int = _(1000, "steps between checkpoints")
     keep_checkpoints: int = _(3, "how many of the newest checkpoints are kept")
@@ -109,6 +110,8 @@ class Recipe:
             )
         if not self.out:
             raise ValueError("--out is missing: the folder that this run is kept in, for example runs/photos")
+        if self.work_dir and not is_remote(self.out):
+            raise ValueError(f"work_dir is for a run whose out is a URL; out {self.out} is a folder itself")
         positive = "batch_size accumulate dim queue_size temperature bn_groups image_size lr decay_steps width"
         for name in (*positive.split(), "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) <= 0:
@@ -191,6 +194,7 @@ CHANGEABLE = frozenset(
     {
         "data",
         "out",
+        "work_dir",
         "epochs",
         "max_steps",
         "accumulate",

@@ -16,6 +16,7 @@ if __name__ == "__main__":
     RECIPE = recipes.parse()
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -23,7 +24,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ import checkpoint
 from model.encoders import Encoder
 from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo, Stats
+from pipeline.files import is_remote
 from pipeline.loader import Loader
 from recipe import Recipe
 from trainer import build, resume, trackers
@@ -44,6 +46,7 @@ from trainer.diagnosis import stop_if_not_finite, warnings_during
 from trainer.joining import CommonError, all_ranks_agree, control_group, exit_with_launcher, gather_objects, rejoin
 from trainer.log import Log
 from trainer.metrics import Window, memory_gb, norm, norm_of_gradients
+from trainer.mirror import Mirror, local_folder, pull
 from trainer.profiling import WARM_UP, Profile
 from trainer.schedule import key_momentum, learning_rate
 from trainer.signals import Stop
@@ -68,6 +71,7 @@ class Training:
     window: Window
     log: Log
     writer: checkpoint.Writer
+    mirror: Mirror | None  # of a run whose --out is a URL
     monitor: Callable[[nn.Module, torch.device, AbstractContextManager[object]], float] | None  # kNN accuracy
     profile: Profile | None
     first: int  # the step to begin with: optimiser steps done
@@ -83,18 +87,28 @@ class Training:
         return self.loader.steps_per_epoch
 
 
-def set_up(r: Recipe, accelerator: Accelerator, control: dist.ProcessGroup | None, watchdog: Watchdog) -> Training:
+def set_up(
+    r: Recipe, mirror: Mirror | None, accelerator: Accelerator, control: dist.ProcessGroup | None, watchdog: Watchdog
+) -> Training:
     """Everything that can be wrong is found here, on all ranks, before the first step."""
     rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     out = Path(r.out)
     phase: Callable[[str], None] = watchdog.phase
-    with all_ranks_agree(control) as facts:
+    with all_ranks_agree(control):
         build.check_options(r, ranks, device)
         if rank == 0:
             build.lock_run_folder(out)
+            if mirror is not None:
+                mirror.begin()
+
+    with all_ranks_agree(control) as facts:
+        if mirror is not None:
+            pull(mirror.url, out)  # on machines other than rank 0's
         notes = resume.compare_recipes(out, r)
         own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own
         facts |= {name: value for name, value in recipes.to_dict(r).items() if name not in own}
+        if mirror is not None:
+            facts["out"] = mirror.url  # each machine has a folder of its own
         facts["torch"] = torch.__version__
 
     with all_ranks_agree(control) as facts:
@@ -153,14 +167,15 @@ def set_up(r: Recipe, accelerator: Accelerator, control: dist.ProcessGroup | Non
             profile = Profile(out, r.profile, device, loader.timings)
             phase = profile.beside(watchdog.phase)
     elif rank == 0:
-        recipes.save(r, out / "recipe.yaml")
+        recipes.save(replace(r, out=mirror.url) if mirror else r, out / "recipe.yaml")
         if step < total:
             (out / "finished").unlink(missing_ok=True)
-    writer = checkpoint.Writer(out, keep=r.keep_checkpoints, keep_every=r.keep_every * per_epoch)
+    keep = {"keep": r.keep_checkpoints, "keep_every": r.keep_every * per_epoch}
+    writer = checkpoint.Writer(out, **keep, upload=functools.partial(mirror.push, **keep) if mirror else None)
     build.introduce(log, r, net, source.samples, ranks, step, total, per_epoch, notes)
     return Training(
-        r, accelerator, control, phase, loader, net, encoder, dictionary, optimizer, window, log, writer, monitor,
-        profile, first=step, total=total, planned=planned,
+        r, accelerator, control, phase, loader, net, encoder, dictionary, optimizer, window, log, writer, mirror,
+        monitor, profile, first=step, total=total, planned=planned,
     )  # fmt: skip
 
 
@@ -250,6 +265,8 @@ def train(t: Training, watchdog: Watchdog, stop: Stop) -> int:
             save_seconds, saved = save(t, step), step
         if knn_is_due(t, step):
             evaluate_knn(t, step)
+        if t.mirror is not None and t.mirror.lost:
+            stop.name = "another machine goes on with this run"
 
     if saved < step and not r.profile:  # told to stop
         save(t, step)
@@ -275,10 +292,12 @@ def finish(t: Training, step: int, stop: Stop) -> None:
     # The watchdog takes a rank that has exited for a dead one, so all wait here for rank 0's disk.
     gather_objects(None, t.control)
     if t.writer.problem:
-        raise OSError(f"the last steps are not saved ({t.writer.problem}); the same command repeats them")
+        raise OSError(f"the last steps are not saved: {t.writer.problem}")
     if rank == 0 and step >= t.total and not t.r.profile:
         # For job scripts: a stopped run is not finished, and ends with 0 too.
         (t.out / "finished").write_text(f"{step}\n")
+    if rank == 0 and t.writer.upload is not None and not t.r.profile:
+        t.writer.upload()
     if step < t.total:
         who = stop.name or "another rank was told to stop"
         where = f"saved at step {step} of {t.total}; the same command continues from there"
@@ -398,6 +417,8 @@ def main(r: Recipe) -> None:
     torch.set_float32_matmul_precision("high" if r.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = r.precision != "fp32"
     rejoin()
+    url = r.out if is_remote(r.out) else ""
+    r = replace(r, out=str(local_folder(r.out, r.work_dir)), work_dir="") if url else r
     try:
         trackers.check(r.trackers)
         build.check_launcher()
@@ -416,12 +437,13 @@ def main(r: Recipe) -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     rank = accelerator.process_index
+    mirror = Mirror(url, Path(r.out)) if url else None
     watchdog = Watchdog(rank, accelerator.num_processes, r.hang_seconds)
     if r.hang_seconds:
         watchdog.start()
     code, said = 1, ""
     try:
-        training = set_up(r, accelerator, control_group(), watchdog)
+        training = set_up(r, mirror, accelerator, control_group(), watchdog)
         step = train(training, watchdog, stop)
         finish(training, step, stop)
         code = 0
@@ -442,6 +464,8 @@ def main(r: Recipe) -> None:
             traceback.print_exc()
             said = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
     watchdog.stop()
+    if mirror is not None:
+        mirror.close()
     if code == 0:
         trackers.finish(accelerator.end_training)
         return

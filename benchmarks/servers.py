@@ -5,7 +5,8 @@
 
 Both answer each request after `latency` seconds. Each n-th GET of an object is answered with 503, or cut off in the
 middle by a reset connection, or (http) with fewer bytes than asked for and a true Content-Length. `GET /__counts__`
-tells what was asked for, and how often it went wrong.
+tells what was asked for, and how often it went wrong. `GET /__refuse_puts__` (s3) has every PUT refused from then on,
+`GET /__accept_puts__` ends that.
 """
 
 import argparse
@@ -150,7 +151,7 @@ def make_s3_server(root: Path, port: int, faults: Faults) -> Any:
             pass
 
     moto = DomainDispatcherApplication(create_backend_app)
-    ready = threading.Event()
+    ready, refusing = threading.Event(), threading.Event()
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -158,8 +159,18 @@ def make_s3_server(root: Path, port: int, faults: Faults) -> Any:
             content = json.dumps(faults.counts).encode()
             start_response("200 OK", [("Content-Length", str(len(content)))])
             return [content]
+        if path in ("/__refuse_puts__", "/__accept_puts__"):
+            refusing.set() if path == "/__refuse_puts__" else refusing.clear()
+            start_response("200 OK", [("Content-Length", "0")])
+            return [b""]
         if not ready.is_set():
             return moto(environ, start_response)
+        if refusing.is_set() and environ["REQUEST_METHOD"] in ("PUT", "POST"):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            content = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>'
+            headers = [("Content-Length", str(len(content))), ("Content-Type", "application/xml")]
+            start_response("403 Forbidden", headers)
+            return [content]
         time.sleep(faults.latency)
         is_object = environ["REQUEST_METHOD"] == "GET" and path.count("/") > 1 and not path.endswith("/")
         fault = faults.next(path.rpartition("/")[2]) if is_object else ""

@@ -178,6 +178,16 @@ def runs() -> Iterator["Runs"]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def undisturbed(runs: "Runs", shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the first step to the last without any disturbance, nor kNN."""
+    from training import log_of
+
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert runs.train(out, shards_dir) == [0], log_of(out).read_text()
+    return out
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -205,3 +215,45 @@ def run_ranks() -> Iterator[Callable[..., str]]:
         return result.stdout
 
     yield run
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """`serve(kind, folder, *flags)` -> the folder's URL. kind: http or s3."""
+    from pipeline.sources import remote
+
+    def forget_file_systems() -> None:
+        """Those made for a server that is gone would be used again for the next one's address."""
+        import s3fs
+
+        remote._filesystem.cache_clear()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    running = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in [("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")]:
+        monkeypatch.setenv(f"AWS_{name}", value)
+
+    def start(kind: str, folder: Path, *flags: str) -> str:
+        command = [sys.executable, str(REPOSITORY / "benchmarks" / "servers.py"), kind, str(folder), "0", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=cpu_environment())
+        running.append(process)
+        assert process.stdout is not None
+        address = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        if kind == "http":
+            return address
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        forget_file_systems()
+        return "s3://data"
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+    forget_file_systems()
+
+
+@pytest.fixture
+def s3_address(serve: Callable[..., str]) -> Callable[[], str]:
+    """The address of the s3 server that `serve` started, for its own pages."""
+    return lambda: os.environ["AWS_ENDPOINT_URL"]

@@ -18,14 +18,6 @@ import checkpoint
 STEPS = 20  # 60 images, 12 a step, 4 epochs
 
 
-@pytest.fixture(scope="module")
-def undisturbed(runs: Runs, shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from the first step to the last without any disturbance, nor kNN."""
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert runs.train(out, shards_dir) == [0], log_of(out).read_text()
-    return out
-
-
 def test_the_run_folder_holds_what_it_should(undisturbed: Path) -> None:
     rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

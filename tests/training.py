@@ -44,10 +44,11 @@ class Runs:
 
     def start(self, out: Path, data: Path | list[Path], *, ranks: int = 1, **options: Any) -> list[int]:
         """Returns pids. Options beside the recipe's fields: recipe (a file instead of TINY), patch (code
-        run in the child first), largest_file, env. A list is one value for each rank."""
+        run in the child first), largest_file, env, url (that of --out; `out` then names the log alone). A list is one
+        value for each rank."""
         command = {name: options.pop(name) for name in ("patch", "largest_file", "env") if name in options}
         file = options.pop("recipe", None)
-        fields = ({} if file else TINY) | {"data": data, "out": out} | options
+        fields = ({} if file else TINY) | {"data": data, "out": options.pop("url", out)} | options
         arguments = (["--config", str(file)] if file else []) + flags(fields)
         out.parent.mkdir(parents=True, exist_ok=True)
         command |= {"arguments": arguments, "ranks": ranks, "log": str(log_of(out)), "port": free_port()}

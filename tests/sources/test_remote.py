@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,33 +27,6 @@ from pipeline.sources.scan import read_index_text
 from pipeline.sources.storage import Storage
 
 Serve = Callable[..., str]
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Serve]:
-    """`serve(kind, folder, *flags)` -> the folder's URL. kind: http or s3."""
-    running = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, value in [("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")]:
-        monkeypatch.setenv(f"AWS_{name}", value)
-
-    def start(kind: str, folder: Path, *flags: str) -> str:
-        command = [sys.executable, str(REPOSITORY / "benchmarks" / "servers.py"), kind, str(folder), "0", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=cpu_environment())
-        running.append(process)
-        assert process.stdout is not None
-        address = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        if kind == "http":
-            return address
-        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-        remote._filesystem.cache_clear()
-        return "s3://data"
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
-    remote._filesystem.cache_clear()
 
 
 def counts(url: str) -> dict[str, int]:
