@@ -27,7 +27,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-from pipeline.command import command  # noqa: E402
+from pipeline.command import add_cache_flags, command  # noqa: E402
 from transfer.curves import read_metrics, series  # noqa: E402 - as a script, its own folder is what is on the path
 
 MOMENTA = (0.0, 0.9, 0.99, 0.999, 0.9999)
@@ -106,7 +106,11 @@ def train_command(args: Namespace, one: Plan, folder: Path) -> list[str]:
         "keep_checkpoints": 1,
         "trackers": "[]",
     } | one.flags
-    return [sys.executable, "train.py", *(f"--{name}={_flag(value)}" for name, value in flags.items())]
+    return [sys.executable, "train.py", *(f"--{name}={_flag(value)}" for name, value in flags.items()), *cache_of(args)]
+
+
+def cache_of(args: Namespace) -> list[str]:
+    return [f"--{name}={args[name]}" for name in ("cache_dir", "cache_gb") if args[name] is not None]
 
 
 def _flag(value: Any) -> str:
@@ -155,7 +159,9 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def judge(args: Namespace, folder: Path, result: Path, *more: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "transfer.knn", f"--run={folder}", f"--train={args.data}", f"--val={args.val}"]
-    return kept(result, lambda: json.loads(call([*command, *more], folder / "log.txt").splitlines()[-1]))
+    return kept(
+        result, lambda: json.loads(call([*command, *cache_of(args), *more], folder / "log.txt").splitlines()[-1])
+    )
 
 
 def run(args: Namespace, one: Plan, folder: Path) -> dict[str, Any]:
@@ -262,6 +268,7 @@ def main() -> None:
     add("--image_size", type=PositiveInt, default=32)
     add("--precision", type=Literal["fp32", "tf32", "bf16", "fp16"], default="fp32")
     add("--seed", type=int, default=0)
+    add_cache_flags(parser)
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

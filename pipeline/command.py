@@ -1,4 +1,6 @@
-"""How every command ends: with 0 after success alone, otherwise with one line on standard error that says what to do.
+"""What the commands have in common: how each one ends, and the flags of the cache for remote shards.
+
+A command ends with 0 after success alone, otherwise with one line on standard error that says what to do:
 
 if __name__ == "__main__":
     command(main)
@@ -10,10 +12,11 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from pipeline.files import DISK_FULL
 
+LARGEST_CACHE_GB = 1 << 30
 SAME_COMMAND = "the same command goes on where this one stopped"
 
 
@@ -46,6 +49,35 @@ def command(main: Callable[[], int | None], *, resumes: bool = False) -> NoRetur
         _say(f"error: out of memory: {explain(error)}")
     _flush_or_drop()
     sys.exit(code)
+
+
+class CacheArguments(TypedDict, total=False):
+    """Those of `open_source`, which hands them on with the source."""
+
+    cache_dir: str
+    cache_bytes: int
+
+
+def add_cache_flags(parser: Any) -> None:
+    """`--cache_dir` and `--cache_gb`, for every command that reads a source; argparse's parser or jsonargparse's."""
+    place = "folder of the disk cache for remote shards (default: ~/.cache/moco-pipeline)"
+    parser.add_argument("--cache_dir", type=str, default=None, help=place)
+    parser.add_argument(
+        "--cache_gb", type=float, default=None, help="size of the disk cache for remote shards, in GiB (default: 50)"
+    )
+
+
+def cache_arguments(options: Any) -> CacheArguments:
+    """What these two flags, or the fields of a recipe that have their names, say; nothing for what is left open.
+    ValueError for an impossible size."""
+    given = CacheArguments()
+    if options.cache_dir:
+        given["cache_dir"] = options.cache_dir
+    if options.cache_gb is not None:
+        if not 0 <= options.cache_gb < LARGEST_CACHE_GB:
+            raise ValueError(f"--cache_gb {options.cache_gb} must be a number of GiB from 0 to {LARGEST_CACHE_GB:,}")
+        given["cache_bytes"] = int(options.cache_gb * 2**30)
+    return given
 
 
 def explain(error: BaseException, *, resumes: bool = False) -> str:

@@ -18,7 +18,7 @@ from pipeline.reading.ahead import Decoding, Item, ShardsAhead, any_remote, pref
 from pipeline.reading.order import draw_of_ids, make_order
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import Storage, storage_for
 
 CROP_MIN = 0.08  # of the image's area: torchvision's default, and that of the linear protocol
 LABELS_TOGETHER = 4096
@@ -47,14 +47,14 @@ def eval_batches(
     num_threads: int | None = None,
     max_bad_fraction: float = 0.01,
     cache_dir: str | None = None,
-    cache_bytes: int = 50 << 30,
+    cache_bytes: int | None = None,
 ) -> Iterator[LabelledBatch]:
     """Every sample once over the ranks, in the order of the ids: short side to `resize`, central crop of `image_size`.
 
     `batch_size` is this rank's; the last batch may be smaller. Bad samples are left out, and said so; ValueError past
-    `max_bad_fraction`.
+    `max_bad_fraction`. The cache is the source's unless given.
     """
-    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    storage = storage_for(source, cache_dir, cache_bytes)
     reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
     begin, end = source.samples * rank // world_size, source.samples * (rank + 1) // world_size
     shards = [(m, s) for m, manifest in enumerate(source.manifests) for s in range(len(manifest.shards))]
@@ -103,8 +103,6 @@ def train_batches(
     dtype: torch.dtype = torch.float32,
     num_threads: int | None = None,
     max_bad_fraction: float = 0.01,
-    cache_dir: str | None = None,
-    cache_bytes: int = 50 << 30,
 ) -> Iterator[LabelledBatch]:
     """This rank's share of batches `start`, `start` + 1, ... of the seed's order, without end.
 
@@ -113,7 +111,7 @@ def train_batches(
     `batch_size` is global. An epoch has samples // batch_size batches, all full on all ranks; a bad sample is replaced.
     ValueError when the source holds less than a batch, or too much of it is bad.
     """
-    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    storage = storage_for(source)
     reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
     order = make_order(source, batch_size, seed)
     order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
@@ -143,16 +141,9 @@ def train_batches(
     )
 
 
-def read_labels(
-    source: Source,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    cache_dir: str | None = None,
-    cache_bytes: int = 50 << 30,
-) -> Iterator[np.ndarray]:
+def read_labels(source: Source, *, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
     """This rank's part of the labels, in the order of the ids, some thousands at a time: int64, -1 for none."""
-    storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+    storage = storage_for(source)
     reader = Reader(source, storage, num_threads=1)
     begin, end = source.samples * rank // world_size, source.samples * (rank + 1) // world_size
     try:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.command import command
+from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels import views as view_parameters
 from pipeline.pixels.decode import MAX_PIXELS
 from pipeline.pixels.graph import Graph
@@ -25,7 +25,7 @@ from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import storage_for
 
 
 class Batch(NamedTuple):
@@ -41,7 +41,7 @@ class Loader:
 
     `batch_size` is global, `views` one of views.RECIPES, `crop_min` the smallest share of the image's area in a crop.
     `quarantine` is the file that bad samples are written to, `max_bad_fraction` the share of them that ends the run;
-    `hw_decoder_load` the share of the JPEGs that a GPU's hardware decoder gets.
+    `hw_decoder_load` the share of the JPEGs that a GPU's hardware decoder gets. The cache is the source's unless given.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Loader:
         max_bad_fraction: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         cache_dir: str | None = None,
-        cache_bytes: int = 50 << 30,
+        cache_bytes: int | None = None,
     ) -> None:
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
         self.views, self.image_size, self.crop_min, self.batch_size = views, image_size, crop_min, batch_size
@@ -73,7 +73,7 @@ class Loader:
         self.order = make_order(source, batch_size, seed)
         self.order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
         self.steps_per_epoch = self.order.steps_per_epoch
-        self._storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
+        self._storage = storage_for(source, cache_dir, cache_bytes)
         self._reader = Reader(
             source,
             self._storage,
@@ -242,11 +242,12 @@ def main() -> None:
     parser.add_argument("--quarantine", default=None, help="file that bad samples are written to")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad samples that ends the run")
     parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="a larger image is a bad sample")
-    parser.add_argument("--cache_dir", default=None, help="folder for the cache of remote shards")
-    options = parser.parse_args().as_dict()
-    data, steps, read_only = (options.pop(name) for name in ("data", "steps", "read_only"))
+    add_cache_flags(parser)
+    parsed = parser.parse_args()
+    options = parsed.as_dict()
+    data, steps, read_only, *_ = (options.pop(n) for n in ("data", "steps", "read_only", "cache_dir", "cache_gb"))
 
-    loader = Loader(open_source(data, cache_dir=options["cache_dir"]), **options)
+    loader = Loader(open_source(data, **cache_arguments(parsed)), **options)
     steps = steps or loader.steps_per_epoch
     batches: Iterator[Any] = loader._items(0) if read_only else loader
     next(batches)  # not part of the time: the graph is built, kernels are compiled, indexes are read

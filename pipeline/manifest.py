@@ -7,7 +7,7 @@ import os
 
 from jsonargparse import ArgumentParser
 
-from pipeline.command import command
+from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.sources.check import Expected, check_shards, fresh_storage
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
@@ -26,15 +26,10 @@ def main() -> int:
         action="store_true",
         help="read everything again and print a line for each fault: size, checksum, index, images that do not decode",
     )
-    parser.add_argument(
-        "--cache_dir", type=str | None, help="where remote shards are kept (default: ~/.cache/moco-pipeline)"
-    )
-    parser.add_argument("--cache_bytes", type=int, default=50 << 30, help="how much of them to keep")
+    add_cache_flags(parser)
     parser.add_argument("--workers", type=int | None, help="processes that index and check (default: all cores)")
     options = parser.parse_args()
-    source = open_source(
-        options.data, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes, workers=options.workers
-    )
+    source = open_source(options.data, **cache_arguments(options), workers=options.workers)
     print(_table(source))
     if not options.check:
         return 0

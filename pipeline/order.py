@@ -2,7 +2,7 @@
 
 import json
 
-from pipeline.command import command
+from pipeline.command import add_cache_flags, cache_arguments, command
 
 
 def main() -> None:
@@ -24,9 +24,10 @@ def main() -> None:
     parser.add_argument("--world_size", type=int, default=1, help="number of ranks")
     parser.add_argument("--rank", type=int, default=None, help="print this rank's share; the whole batch unless told")
     parser.add_argument("--quality", action="store_true", help="print instead how well these steps are shuffled")
+    add_cache_flags(parser)
     options = parser.parse_args()
 
-    source = open_source(options.data)
+    source = open_source(options.data, **cache_arguments(options))
     order = make_order(source, options.batch_size, options.seed)
     if options.quality:
         result = shuffle_quality(source, order, epoch=options.epoch, start=options.start, steps=options.steps)

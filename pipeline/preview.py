@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.command import command
+from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels.decode import picture
 from pipeline.pixels.graph import Graph
 from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader
+from pipeline.sources.manifest import CachePlace
 from pipeline.sources.opening import open_source
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import storage_for
 
 CELL = 240  # side of a picture on the sheet, in pixels
 PRINT = 62  # height of the small print below it
@@ -36,10 +37,12 @@ def preview(
     crop_min: float = 0.2,
     seed: int = 0,
     epoch: int = 0,
+    cache_dir: str | None = None,
+    cache_bytes: int = CachePlace.limit,
 ) -> None:
     """Writes the sheet: `count` rows of original, query and key. ValueError when the source has fewer samples."""
-    source = open_source(data)
-    storage = Storage()
+    source = open_source(data, cache_dir=cache_dir, cache_bytes=cache_bytes)
+    storage = storage_for(source)
     reader = Reader(source, storage)
     samples = reader.read(make_order(source, count, seed).draw(epoch, 0))
     rows = [
@@ -121,9 +124,12 @@ def main() -> None:
     parser.add_argument("--crop_min", type=float, default=0.2, help="smallest share of an image's area in a crop")
     parser.add_argument("--seed", type=int, default=0, help="of order and views")
     parser.add_argument("--epoch", type=int, default=0, help="whose first samples are shown")
-    options = parser.parse_args().as_dict()
-    preview(options.pop("data"), options["output"], **{k: v for k, v in options.items() if k != "output"})
-    print(options["output"])
+    add_cache_flags(parser)
+    parsed = parser.parse_args()
+    options = parsed.as_dict()
+    data, output, *_ = (options.pop(name) for name in ("data", "output", "cache_dir", "cache_gb"))
+    preview(data, output, **options, **cache_arguments(parsed))
+    print(output)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from model.batchnorm import batchnorm_shortcut, split_batchnorm
 from model.encoders import Encoder, build_encoder
 from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo
+from pipeline.command import cache_arguments
 from pipeline.loader import Loader
 from pipeline.pixels import views
 from pipeline.sources.manifest import Source
@@ -80,11 +81,7 @@ def open_sources_rank0_first(r: Recipe, rank: int, control: dist.ProcessGroup | 
     names = {r.data} | ({r.knn_data, r.knn_train or r.data} if r.knn_every else set())
 
     def opened() -> dict[str, Source]:
-        size = int(r.cache_gb * 2**30)
-        return {
-            name: open_source(name, cache_dir=r.cache_dir or None, cache_bytes=size, progress=rank == 0)
-            for name in sorted(names)
-        }
+        return {name: open_source(name, **cache_arguments(r), progress=rank == 0) for name in sorted(names)}
 
     try:
         if rank == 0:
@@ -110,8 +107,6 @@ def open_loader(r: Recipe, source: Source, rank: int, ranks: int, device: torch.
         num_threads=r.num_threads or None,
         quarantine=Path(r.out) / "quarantine.jsonl",
         max_bad_fraction=r.max_bad_fraction,
-        cache_dir=r.cache_dir or None,
-        cache_bytes=int(r.cache_gb * 2**30),
     )
 
 

@@ -65,7 +65,7 @@ def warnings_during(
         found["data"] = (
             f"{usual_wait:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
             f"({listed} since the last log step). What helps: more num_threads, smaller stored images (make_shards "
-            "--short_side), a cache_dir for remote shards"
+            "--short_side), a --cache_dir on a faster disk for remote shards"
         )
     return found
 

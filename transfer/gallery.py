@@ -16,14 +16,14 @@ from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from pipeline.command import command
+from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels.decode import picture
 from pipeline.reading.order import draw_of_ids
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from pipeline.sources.scan import read_index_text
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import Storage, storage_for
 from transfer.knn import extract, nearest
 from transfer.load import LoadedEncoder, load_encoder
 
@@ -110,7 +110,7 @@ def make_gallery(
     neighbours = min(neighbours, len(vectors) - 1)
     # One more than asked: each query finds itself, and twins of equal features may come before it.
     similarities, indices = nearest(vectors, vectors[chosen], neighbours + 1, device=device)
-    storage = Storage()
+    storage = storage_for(source)
 
     def label(i: int) -> str:
         name = int(labels[i])
@@ -149,10 +149,11 @@ def main() -> None:
     add("--batch_size", type=PositiveInt, default=256, help="images per forward pass")
     add("--seed", type=int, default=0, help="decides the queries")
     add("--untrained", action="store_true", help="the same encoder as it was initialised")
+    add_cache_flags(parser)
     args = parser.parse_args()
     path = make_gallery(
         load_encoder(args.run, untrained=args.untrained),
-        open_source(args.data),
+        open_source(args.data, **cache_arguments(args)),
         args.output,
         queries=args.queries,
         neighbours=args.neighbours,

@@ -25,7 +25,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from pipeline.command import command
+from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.labelled import eval_batches
 from pipeline.pixels.views import MeanStd
 from pipeline.progress import Progress
@@ -51,7 +51,6 @@ def extract(
     world_size: int = 1,
     device: str | torch.device = "cpu",
     num_threads: int | None = None,
-    cache_dir: str | None = None,
     limit: int | None = None,
     progress: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +72,6 @@ def extract(
         dtype=torch.float32,
         num_threads=num_threads,
         mean_std=mean_std,
-        cache_dir=cache_dir,
     )
     capacity = -(-source.samples // world_size)  # filled in place: a list and torch.cat would need the memory twice
     capacity = capacity if limit is None else min(capacity, limit)
@@ -198,7 +196,6 @@ def evaluate(
     world_size: int = 1,
     device: str | torch.device = "cpu",
     num_threads: int | None = None,
-    cache_dir: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Weighted-kNN accuracy of `embed` on val with train as memory: {"knn", "k", "train", "val", "classes"}; all
@@ -220,7 +217,6 @@ def evaluate(
             world_size=world_size,
             device=device,
             num_threads=num_threads,
-            cache_dir=cache_dir,
             progress=what if progress else "",
         )
         return features, labels
@@ -291,7 +287,7 @@ def parse() -> Namespace:
         "--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; similarities are always fp32"
     )
     add("--num_threads", type=PositiveInt | None, help="decoding threads; all cores when left out")
-    add("--cache_dir", type=str | None, help="folder for the cache of remote shards")
+    add_cache_flags(parser)
     add("--untrained", action="store_true", help="judge the same encoder as it was initialised")
     add("--pixels", action="store_true", help="judge raw pixels (averaged down to 32x32 when larger)")
     return parser.parse_args()
@@ -313,8 +309,8 @@ def main() -> None:
 
         result = evaluate(
             embed,
-            open_source(args.train, cache_dir=args.cache_dir),
-            open_source(args.val, cache_dir=args.cache_dir),
+            open_source(args.train, **cache_arguments(args)),
+            open_source(args.val, **cache_arguments(args)),
             image_size=args.image_size or loaded.image_size,
             mean_std=loaded.mean_std,
             resize=args.resize,
@@ -325,7 +321,6 @@ def main() -> None:
             world_size=world_size,
             device=device,
             num_threads=args.num_threads,
-            cache_dir=args.cache_dir,
             progress=True,
         )
     if rank == 0:

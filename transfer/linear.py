@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from pipeline.command import command
+from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.files import write_atomically
 from pipeline.labelled import eval_batches, read_labels, train_batches
 from pipeline.progress import Progress
@@ -114,7 +114,6 @@ def linear(
     precision: Literal["fp32", "bf16"] = "fp32",
     seed: int = 0,
     num_threads: int | None = None,
-    cache_dir: str | None = None,
     ranks: Ranks,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -131,9 +130,7 @@ def linear(
     steps = order.steps_per_epoch
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)  # not found to be impossible after an epoch
-    largest = max(
-        largest_label(source, name, ranks, cache_dir, progress) for source, name in ((train, "train"), (val, "val"))
-    )
+    largest = max(largest_label(source, name, ranks, progress) for source, name in ((train, "train"), (val, "val")))
     classes = max(len(train.classes), largest + 1)
     size = image_size or loaded.image_size
     encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -163,7 +160,7 @@ def linear(
     model = DistributedDataParallel(heads) if world_size > 1 else heads
     common: dict[str, Any] = {
         "image_size": size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
-        "device": str(device), "num_threads": num_threads, "cache_dir": cache_dir,
+        "device": str(device), "num_threads": num_threads,
     }  # fmt: skip
     batches = train_batches(train, batch_size=batch_size, seed=seed, start=begun * steps, **common)
     for epoch in range(begun, epochs):
@@ -201,11 +198,11 @@ def decay(epoch: int, epochs: int) -> float:
     return 0.1 ** sum(epoch >= share * epochs for share in DECAY_AFTER)
 
 
-def largest_label(source: Source, name: str, ranks: Ranks, cache_dir: str | None, progress: bool) -> int:
+def largest_label(source: Source, name: str, ranks: Ranks, progress: bool) -> int:
     """Over all ranks. Raises ValueError when an image has no label, on all of them."""
     low, high = 0, 0
     with Progress(f"{name} labels" if progress and ranks.rank == 0 else "", source.samples, unit="labels") as shown:
-        for labels in read_labels(source, rank=ranks.rank, world_size=ranks.world_size, cache_dir=cache_dir):
+        for labels in read_labels(source, rank=ranks.rank, world_size=ranks.world_size):
             low, high = min(low, int(labels.min())), max(high, int(labels.max()))
             shown.advance(len(labels) * ranks.world_size)
     if ranks.world_size > 1:
@@ -248,7 +245,7 @@ def parse() -> Namespace:
     add("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; the classifier is fp32")
     add("--seed", type=int, default=0)
     add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
-    add("--cache_dir", type=str | None, help="folder for the cache of remote shards")
+    add_cache_flags(parser)
     add("--untrained", action="store_true", help="judge the same encoder as it was initialised")
     return parser.parse_args()
 
@@ -262,10 +259,10 @@ def main() -> None:
             raise ValueError(f"{args.run} is no run folder: say with --out where metrics and checkpoint go")
         out = Path(args.run) / ("linear_untrained" if args.untrained else "linear")
     loaded = load_encoder(args.run, untrained=args.untrained)
-    train, val = (open_source(data, cache_dir=args.cache_dir) for data in (args.train, args.val))
+    train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
     lrs = [float(lr) for lr in (args.lr if isinstance(args.lr, list) else [args.lr])]
     names = ("epochs", "batch_size", "momentum", "weight_decay", "image_size", "precision", "seed", "num_threads")
-    settings = {name: args[name] for name in (*names, "cache_dir")}
+    settings = {name: args[name] for name in names}
     with joined() as ranks:
         rows = linear(loaded, train, val, out, lrs=lrs, **settings, ranks=ranks, progress=True)
     if ranks.rank == 0:

@@ -48,7 +48,6 @@ def build_monitor(
                 world_size=ranks,
                 device=device,
                 num_threads=r.num_threads or None,
-                cache_dir=r.cache_dir or None,
             )
 
     return accuracy

@@ -15,13 +15,13 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
 import recipe as recipes
-from pipeline.command import command
+from pipeline.command import CacheArguments, add_cache_flags, cache_arguments, command
 from pipeline.files import write_atomically
 from pipeline.preview import preview
 from pipeline.sources.opening import open_source
@@ -223,15 +223,17 @@ def picture(path: Path, caption: str) -> str:
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
-def pictures(run: Run, images: int) -> str:
+def pictures(run: Run, images: int, cache: CacheArguments) -> str:
     """Two views and neighbours. What cannot be drawn (the data may have moved) is said and costs nothing else."""
     parts = []
+    cache = cache_arguments(run.recipe) | cache
     views = run.folder / "views.png"
     neighbours = run.folder / "neighbours.png"
     try:
         if not views.is_file():
             r = run.recipe
-            preview(r.data, views, views=r.views, count=4, image_size=r.image_size, crop_min=r.crop_min, seed=r.seed)
+            shape: dict[str, Any] = {"views": r.views, "image_size": r.image_size, "crop_min": r.crop_min}
+            preview(r.data, views, **shape, count=4, seed=r.seed, **cache)
         parts.append(picture(views, f"What the encoder sees: originals and their two views, recipe {run.recipe.views}"))
     except (ValueError, OSError, RuntimeError) as error:
         parts.append(f"<p>Views not drawn: {html.escape(str(error))}</p>")
@@ -239,7 +241,7 @@ def pictures(run: Run, images: int) -> str:
         data = run.recipe.knn_data or run.recipe.data
         newest = max((p.stat().st_mtime for p in (run.folder / "checkpoints").glob("*.pt")), default=0.0)
         if images and not (neighbours.is_file() and neighbours.stat().st_mtime > newest):
-            make_gallery(load_encoder(run.folder), open_source(data), neighbours, images=images, queries=6)
+            make_gallery(load_encoder(run.folder), open_source(data, **cache), neighbours, images=images, queries=6)
         if neighbours.is_file():
             parts.append(
                 picture(neighbours, "Nearest neighbours: the query left, green frame for its class, red for others")
@@ -249,8 +251,9 @@ def pictures(run: Run, images: int) -> str:
     return f'<section class="card"><h3>{_swatch(run)}</h3><div class="pictures">{"".join(parts)}</div></section>'
 
 
-def write_report(folders: list[Path], output: Path, *, images: int = 1000) -> Path:
-    """Writes the page. images: how many of a run's images are searched for neighbours; 0: no such picture.
+def write_report(folders: list[Path], output: Path, *, images: int = 1000, **cache: Unpack[CacheArguments]) -> Path:
+    """Writes the page. images: how many of a run's images are searched for neighbours; 0: no such picture. cache: for
+    remote shards; each run's own unless given.
 
     Raises FileNotFoundError for a folder that is not a run, ValueError when more runs are given than can be told apart.
     """
@@ -264,7 +267,7 @@ def write_report(folders: list[Path], output: Path, *, images: int = 1000) -> Pa
 <h1>{title}</h1><p>MoCo pre-training, as of {time.strftime("%Y-%m-%d %H:%M")}</p>
 <h2>Where it stands</h2>{summary(runs)}
 <h2>Curves</h2>{charts(runs)}
-<h2>Pictures</h2>{"".join(pictures(run, images) for run in runs)}
+<h2>Pictures</h2>{"".join(pictures(run, images, cache) for run in runs)}
 <h2>Images left out</h2>{quarantine_table(runs)}
 <h2>Recipe</h2>{recipe_table(runs)}
 </body></html>
@@ -279,8 +282,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path | None, help="the page; RUN/report.html of the first run when left out")
     parser.add_argument("--images", type=NonNegativeInt, default=1000, help="search so many for neighbours; 0: none")
+    add_cache_flags(parser)
     args = parser.parse_args()
-    print(write_report(args.runs, args.output or args.runs[0] / "report.html", images=args.images))
+    output = args.output or args.runs[0] / "report.html"
+    print(write_report(args.runs, output, images=args.images, **cache_arguments(args)))
 
 
 if __name__ == "__main__":

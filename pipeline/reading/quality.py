@@ -8,7 +8,7 @@ from pipeline.permutation import Ints, permute
 from pipeline.reading.order import Order, draw_of_ids
 from pipeline.reading.reader import Reader
 from pipeline.sources.manifest import Source
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import storage_for
 
 # Labels are read one by one, after their shard's index: the classes' shares are estimated from so many labels, and a
 # source of more shards than this is judged by its shards.
@@ -16,14 +16,12 @@ MOST_LABELS = 100_000
 MOST_SHARDS = 2_000
 
 
-def shuffle_quality(
-    source: Source, order: Order, *, epoch: int = 0, start: int = 0, steps: int = 1, cache_dir: str | None = None
-) -> dict[str, Any]:
+def shuffle_quality(source: Source, order: Order, *, epoch: int = 0, start: int = 0, steps: int = 1) -> dict[str, Any]:
     """Share of the pairs within a batch that are of one class, over `steps` steps; the same for batches drawn at random
     without replacement ("ideal"); and their ratio, 1 when perfectly shuffled. Shards take the place of classes in a
     source without labels or of very many shards: for shards sorted by class that is the same question.
     """
-    storage = Storage(cache_dir=cache_dir)
+    storage = storage_for(source)
     reader = Reader(source, storage, num_threads=1)
     draws = [
         order.draw(epoch + s // order.steps_per_epoch, s % order.steps_per_epoch) for s in range(start, start + steps)

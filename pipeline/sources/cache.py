@@ -72,7 +72,7 @@ class Cache:
             made = _make_marked(self.folder)
         except OSError as error:
             raise ValueError(
-                f"the cache {folder} cannot be written to ({error.strerror}): name another with cache_dir"
+                f"the cache {folder} cannot be written to ({error.strerror}): name another with --cache_dir"
             ) from None
         if made:
             _name_old_folder(folder / "shards")
@@ -149,9 +149,7 @@ class Cache:
     def _make_room(self, size: int, part: Path, descriptor: int) -> None:
         """Sets `size` bytes aside for `part`, removing the shards used longest ago."""
         if size > self.limit:
-            raise ValueError(
-                f"a shard of {size:,} bytes does not fit into a cache of {self.limit:,}: raise cache_bytes"
-            )
+            raise ValueError(f"a shard of {size:,} bytes does not fit into a cache of {self.limit:,}: raise --cache_gb")
         begun = time.monotonic()
         while True:
             with locked(self.folder / ".room"):
@@ -161,13 +159,13 @@ class Cache:
                         os.posix_fallocate(descriptor, 0, size) if size else None
                     except OSError as error:
                         raise OSError(
-                            f"no room for {size:,} bytes in {self.folder}: {error.strerror}; set cache_dir or "
-                            f"cache_bytes"
+                            f"no room for {size:,} bytes in {self.folder}: {error.strerror}; make room, set a "
+                            "smaller --cache_gb or another --cache_dir"
                         ) from None
                     return
             if time.monotonic() - begun > ROOM_PATIENCE:
                 raise OSError(
-                    f"{self.folder}: other processes' fetches fill the cache of {self.limit:,} bytes: raise cache_bytes"
+                    f"{self.folder}: other processes' fetches fill the cache of {self.limit:,} bytes: raise --cache_gb"
                 )
             time.sleep(0.05)
 
@@ -222,7 +220,7 @@ def _make_marked(folder: Path) -> bool:
         if folder.exists():
             raise ValueError(
                 f"{folder} was not made by this program (it has no {MARK_NAME} of it), so it is not used as a cache: "
-                "move it away, or name another folder with cache_dir"
+                "move it away, or name another folder with --cache_dir"
             ) from None
         raise
 

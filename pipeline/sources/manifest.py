@@ -6,7 +6,7 @@ A manifest lists the shards of one source: a line of JSON each, nothing for each
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,20 @@ def _shard_or_head(entry: dict[str, Any]) -> Any:
 
 
 @dataclass(frozen=True)
+class CachePlace:
+    """Where remote shards are kept, and how many bytes of them; folder None: ~/.cache/moco-pipeline."""
+
+    folder: str | None = None
+    limit: int = 50 << 30
+
+
+@dataclass(frozen=True)
 class Source:
     """What `--data` names: one manifest, or several with weights, and how they are shuffled (pipeline.reading.order).
 
     lanes: parts that a global batch is dealt from, each with its own shards. chunk_shards: how many shards of a lane
-    are shuffled together; None is all of them, a true global shuffle.
+    are shuffled together; None is all of them, a true global shuffle. cache: what the source was opened with, and is
+    read with unless told otherwise.
     """
 
     manifests: tuple[Manifest, ...]
@@ -166,6 +175,7 @@ class Source:
     names: tuple[str, ...]
     lanes: int = 1
     chunk_shards: int | None = None
+    cache: CachePlace = field(default=CachePlace(), compare=False)
 
     @property
     def samples(self) -> int:

@@ -27,6 +27,7 @@ from pipeline.sources.card import (
 )
 from pipeline.sources.manifest import (
     NAME,
+    CachePlace,
     Manifest,
     Shard,
     Source,
@@ -52,14 +53,15 @@ def open_source(
     data: str,
     *,
     cache_dir: str | None = None,
-    cache_bytes: int = 50 << 30,
+    cache_bytes: int = CachePlace.limit,
     workers: int | None = None,
     progress: bool = True,
 ) -> Source:
     """Opens what `data` names: a folder of shards, a tar, a pattern of tars or folders, these as URLs, or a YAML card.
 
     Where there is no manifest it is built, once, with the indexes: in the folder itself, or in `cache_dir` (default:
-    ~/.cache/moco-pipeline) when the folder is remote or cannot be written to.
+    ~/.cache/moco-pipeline) when the folder is remote or cannot be written to. The source remembers its cache, so that
+    whatever reads it later uses the same one.
 
     Local sources of up to 4 million samples get a true global shuffle (1 lane). Larger and remote ones are streamed: 8
     lanes, with about 2 million samples (1 GiB of remote shards) shuffled together, so that indexes and cache stay small
@@ -68,6 +70,7 @@ def open_source(
     ValueError or FileNotFoundError, with the remedy, when there is nothing that can be used.
     """
     card = read_card(local_path(data)) if is_card(data) else Card((Entry(data, None, short_name(data)),), None, None)
+    cache = CachePlace(cache_dir, cache_bytes)
     storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
     manifests = []
     try:
@@ -85,8 +88,8 @@ def open_source(
     if card.chunk_shards is not None:
         chunk_shards = card.chunk_shards or None
     names = tuple(entry.name for entry in card.sources)
-    source = Source(tuple(manifests), tuple(w / sum(weights) for w in weights), names, lanes, chunk_shards)
-    _check_cache(source, cache_bytes)
+    source = Source(tuple(manifests), tuple(w / sum(weights) for w in weights), names, lanes, chunk_shards, cache)
+    _check_cache(source)
     return source
 
 
@@ -101,16 +104,15 @@ def _default_order(manifests: Sequence[Manifest]) -> tuple[int, int | None]:
     return lanes, max(1, int(at_once / lanes))
 
 
-def _check_cache(source: Source, cache_bytes: int) -> None:
+def _check_cache(source: Source) -> None:
     remote = [s.bytes for m in source.manifests if is_remote(m.shard_url(0)) for s in m.shards]
     in_use = len(remote)
     if source.chunk_shards is not None:  # this chunk of each lane and the next, of each source
         in_use = min(in_use, 2 * source.lanes * source.chunk_shards * len(source.manifests))
-    if remote and (need := in_use * sum(remote) / len(remote)) > cache_bytes:
+    if remote and (need := in_use * sum(remote) / len(remote)) > source.cache.limit:
         raise ValueError(
-            f"{in_use} remote shards are in use at a time, {need / 1e9:.1f} GB, but cache_bytes is "
-            f"{cache_bytes / 1e9:.1f} GB: "
-            "raise it, or set smaller `lanes` and `chunk_shards` in a card"
+            f"{in_use} remote shards are in use at a time, {need / 2**30:.3g} GiB, but the cache has "
+            f"{source.cache.limit / 2**30:.3g}: raise --cache_gb, or set smaller `lanes` and `chunk_shards` in a card"
         )
 
 

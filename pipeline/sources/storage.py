@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.files import exists, is_remote, local_path
 from pipeline.sources import remote
 from pipeline.sources.cache import Cache, default_cache_dir
+from pipeline.sources.manifest import CachePlace, Source
 
 SHARDS_AT_ONCE = 4  # fetched in the background, each in many ranges
 INDEX_MEMORY = 32 << 20  # bytes of remote indexes kept
@@ -63,7 +64,9 @@ class Storage:
     ~/.cache/moco-pipeline.
     """
 
-    def __init__(self, *, cache_dir: str | None = None, cache_bytes: int = 50 << 30, open_files: int = 128) -> None:
+    def __init__(
+        self, *, cache_dir: str | None = None, cache_bytes: int = CachePlace.limit, open_files: int = 128
+    ) -> None:
         self._cache_dir = cache_dir
         self._cache_bytes = cache_bytes
         self._open_files = open_files
@@ -143,7 +146,7 @@ class Storage:
                 if not error.filename:  # the server's answer, not the removal from the cache between fetch and open
                     raise
         raise OSError(
-            f"{url} is removed from the cache as fast as it is fetched: raise cache_bytes ({self._cache_bytes:,})"
+            f"{url} is removed from the cache of {self._cache_bytes:,} bytes as fast as it is fetched: raise --cache_gb"
         )
 
     def _fetched(self, cache: Cache, url: str, size: int, checksum: str) -> Path:
@@ -258,6 +261,14 @@ class Storage:
             status = tar.stat()
             found.append((path, status.st_size, str(status.st_mtime_ns)))
         return found
+
+
+def storage_for(source: Source, cache_dir: str | None = None, cache_bytes: int | None = None) -> Storage:
+    """With the cache that the source was opened with, but for what is given here."""
+    return Storage(
+        cache_dir=source.cache.folder if cache_dir is None else cache_dir,
+        cache_bytes=source.cache.limit if cache_bytes is None else cache_bytes,
+    )
 
 
 def _braces(pattern: str) -> Sequence[str]:

@@ -227,7 +227,7 @@ def test_clear_errors(serve: Serve, shards_dir: Path, tmp_path: Path, monkeypatc
     storage.close()
     with pytest.raises(ValueError, match="holds no shards"):
         open_source(f"{url}/none", cache_dir=cache)
-    with pytest.raises(ValueError, match=r"raise it, or set smaller `lanes`"):
+    with pytest.raises(ValueError, match=r"raise --cache_gb, or set smaller `lanes`"):
         open_source(url, cache_dir=cache, cache_bytes=1000)
     with pytest.raises(OSError, match="given up after 2 tries"):
         open_source("http://127.0.0.1:9/x", cache_dir=cache)

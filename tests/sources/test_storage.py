@@ -107,7 +107,7 @@ def test_cache_is_bounded_and_forgets_what_was_used_longest_ago(tmp_path: Path, 
     cache.fetch(*shards[3])
     assert cached(tmp_path) == ["a", "c", "d"]
     assert cache.fetches == 4
-    with pytest.raises(ValueError, match=r"5,000 bytes.*3,500.*raise cache_bytes"):
+    with pytest.raises(ValueError, match=r"5,000 bytes.*3,500.*raise --cache_gb"):
         cache.fetch(*put(memory, "big.tar", 5000))
     assert cached(tmp_path) == ["a", "c", "d"]
 
