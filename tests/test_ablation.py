@@ -29,6 +29,8 @@ SETTINGS = Namespace(
     batch_size=128,
     bn_size=32,
     lr=0.06,
+    cache_dir=None,
+    cache_gb=None,
 )
 
 
