@@ -31,9 +31,10 @@ from pipeline.make_shards import pack_tasks
 from pipeline.packing import shard as pack
 from pipeline.packing import workers
 from pipeline.packing.collect import collect
-from pipeline.packing.listing import Listing, Survey
+from pipeline.packing.listing import Listing
 from pipeline.packing.plan import plan
 from pipeline.packing.prepare import Options
+from pipeline.packing.survey import Survey
 
 SIDE = 256
 ORIENTATION = 0x0112

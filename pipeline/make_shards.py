@@ -43,13 +43,15 @@ from pipeline.packing.journal import (
     remove_journal,
     remove_ours,
 )
-from pipeline.packing.listing import Listing, Survey
+from pipeline.packing.listing import Listing
 from pipeline.packing.plan import PlannedShard, find_duplicates, image_numbers, plan
 from pipeline.packing.prepare import Options
 from pipeline.packing.shard import HashTask, PackTask, PlannedImage, hash_contents, pack
 from pipeline.packing.summary import finish, table
-from pipeline.progress import track
+from pipeline.packing.survey import Survey
+from pipeline.progress import Progress
 from pipeline.sources.card import is_pattern
+from pipeline.sources.index import LABEL_EXTENSION
 from pipeline.sources.remote import reason
 
 HASHED_TOGETHER = 5_000
@@ -64,6 +66,7 @@ def make_shards(
     samples_per_shard: int = 10_000,
     shard_bytes: int = 500_000_000,
     labels: str = "auto",
+    label_key: str = "",
     classes: str = "",
     holdout: float = 0.0,
     dedup: bool = False,
@@ -89,15 +92,20 @@ def make_shards(
         "dedup": dedup,
         **asdict(options),
     }
+    if label_key:
+        job["label_key"] = label_key
+        if labels != "auto":
+            raise ValueError(f"--labels {labels} and --label_key {label_key} both say where the labels are: drop one")
     how: dict[str, Any] = {"workers": num_workers or len(os.sched_getaffinity(0)), "scheduler": scheduler}
 
     def write_listing(folder: Path) -> Listing:
-        survey = Survey()
-        images = collect(src, survey, exclude=dest)
-        if labels not in ("auto", "none"):
-            images = lists.labelled(images, labels)
-        names = lists.class_names(classes) if classes else []
-        listing = Listing.write(folder, track(images, "listing"), survey, classes=names, labels=labels != "none")
+        with Progress("listing") as progress:
+            survey = Survey(progress)
+            images = collect(src, survey, exclude=dest, label_key=label_key)
+            if labels not in ("auto", "none"):
+                images = lists.labelled(images, labels)
+            names = lists.class_names(classes) if classes else []
+            listing = Listing.write(folder, images, survey, classes=names, labels=labels != "none")
         if not len(listing):
             others = ", ".join(f"{count} {kind}" for kind, count in survey.ignored.most_common(5))
             remedy = "; archives in folders of it are not opened: name their folder" if survey.ignored["tar"] else ""
@@ -160,7 +168,7 @@ def pack_tasks(
         images = []
         for number in image_numbers(shard.begin, shard.end, count, kept, seed).tolist():
             image = listing[number]
-            own = any(name == "cls" for name, _, _ in image.sidecars or ())
+            own = any(sidecar.extension == LABEL_EXTENSION for sidecar in image.sidecars or ())
             images.append(PlannedImage(number, image, None if own and image.label is None else listing.label(image)))
         tar = files.join(dest, f"{shard.name}.tar")
         yield PackTask(tar, files.join(dest, f"{JOURNAL}/{shard.record}"), images, options)
@@ -205,6 +213,7 @@ def main() -> None:
         ("samples_per_shard", 10_000, "a shard is full at this many images"),
         ("shard_bytes", 500_000_000, "or at this many bytes of images, as they are in SRC"),
         ("labels", "auto", "auto: of the source, its folders; none; or a file of names and labels"),
+        ("label_key", "", "labels from this column of the list, or this key of the JSON beside each image"),
         ("classes", "", "class names in the order of their numbers: a text file or another DEST"),
         ("holdout", 0.0, "fraction (0.1) or number (5000) of images for DEST/val, the others to DEST/train"),
         ("dedup", False, "leave out exact duplicates (reads every image twice)"),

@@ -1,34 +1,47 @@
 """Images in tars (plain, WebDataset shards, ImageNet's tar of tars) and zip archives: where each one lies.
 
-Nothing is unpacked: an image in an archive is a range of bytes, which any worker reads by itself.
+Nothing is unpacked: an image in an archive is a range of bytes, which any worker reads by itself. An archive's names
+are looked at as a whole before its first image comes out, since a sidecar may stand anywhere in it.
 """
 
 import contextlib
 import json
 import posixpath
 import re
-import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from pipeline import files
 from pipeline.files import is_remote, local_path
-from pipeline.packing.listing import ListedImage, Survey, extension, is_image_name
+from pipeline.packing.pairing import IMAGE, INNER, SIDECAR, Members, images_of
+from pipeline.packing.survey import ListedImage, Survey, extension, is_image_name
+from pipeline.sources.tar import walk_tar
 
+Read = Callable[[int, int], bytes]  # the bytes at an offset, of a size
 SYNSET = re.compile(r"n\d{8}")  # ImageNet's class tars, when they lie side by side
+MOST_NAMED = 20  # damaged archives in one error
 
 
 def several(archives: list[str], survey: Survey) -> Iterator[ListedImage]:
-    """The images of some archives, in this order. A manifest.json beside shards tells the names of the classes."""
+    """The images of some archives, in this order. A manifest.json beside shards tells the names of the classes.
+
+    ValueError at the end that names all archives which are damaged.
+    """
+    damaged = []
     for place in archives:
         with _opened(place) as file:
-            if place.lower().endswith(".zip"):
-                yield from _zip(place, file, survey)
-            else:
-                stem = posixpath.basename(place)[:-4]
-                yield from _tar(place, file, 0, "", stem if SYNSET.fullmatch(stem) else None, survey)
+            try:
+                if place.lower().endswith(".zip"):
+                    yield from _zip(place, file, survey)
+                else:
+                    yield from _tar_file(place, file, survey)
+            except ValueError as error:
+                damaged.append(str(error))
+    if damaged:
+        more = f"; and {len(damaged) - MOST_NAMED:,} more" if len(damaged) > MOST_NAMED else ""
+        raise ValueError("; ".join(damaged[:MOST_NAMED]) + more)
     if archives:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
             manifest = json.loads(files.read(posixpath.join(posixpath.dirname(archives[0]), "manifest.json")))
@@ -55,102 +68,61 @@ def _opened(place: str) -> Iterator[BinaryIO]:
 def _zip(place: str, file: BinaryIO, survey: Survey) -> Iterator[ListedImage]:
     try:
         archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{place} is not a whole zip archive ({error}): fetch it again") from None
+    members = Members()
     for member in archive.infolist():
-        if member.is_dir():
-            continue
-        if not is_image_name(member.filename) or member.filename.startswith("__MACOSX/"):
-            survey.ignored[extension(member.filename) or "no extension"] += 1
-            continue
-        packing = -1 if member.flag_bits & 1 else member.compress_type
         name = member.filename.replace("\\", "/")  # as some Windows programs separate folders
-        yield ListedImage(_absolute(place), member.header_offset, member.compress_size, name, packing=packing)
+        if name.startswith("__MACOSX/"):
+            survey.ignore(name)
+        elif not member.is_dir():
+            packing = -1 if member.flag_bits & 1 else member.compress_type
+            members.add_file(name, survey, offset=member.header_offset, size=member.compress_size, packing=packing)
+    yield from images_of(members, _absolute(place), survey, _no_inner, masks=False)
 
 
-class _Window:
-    """A part of a file as a file of its own: the inner tar of a tar of tars."""
+def _tar_file(place: str, file: BinaryIO, survey: Survey) -> Iterator[ListedImage]:
+    def read(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
 
-    def __init__(self, file: BinaryIO, begin: int, size: int) -> None:
-        self._file, self._begin, self._size, self._position = file, begin, size, 0
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        self._position = position + (0, self._position, self._size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._size - self._position, 0)
-        self._file.seek(self._begin + self._position)
-        block = self._file.read(left if size < 0 else min(size, left))
-        self._position += len(block)
-        return block
+    stem = posixpath.basename(place)[:-4]
+    label = stem if SYNSET.fullmatch(stem) else None
+    yield from _tar(place, read, 0, file.seek(0, 2), "", label, survey)
 
 
-def _tar(place: str, file: Any, begin: int, above: str, label: str | None, survey: Survey) -> Iterator[ListedImage]:
-    """The images of the tar that `file` is. It lies at byte `begin` of `place`; `label` is that of a class tar.
-
-    Members with the same name but for the extension are a WebDataset sample; the image goes first, the others with it.
-    """
-    path = _absolute(place)
-    size = file.seek(0, 2)
-    file.seek(0)
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:", errorlevel=2)  # noqa: SIM115 (the file is closed by who opened it)
-    except tarfile.ReadError as error:
-        raise ValueError(f"{place} is not a tar ({error}): fetch it again, or unpack it if it is compressed") from None
-    key = ""
-    images: list[ListedImage] = []
-    sidecars: list[tuple[str, int, int]] = []
-    end = 0
-    for member in _members(tar, place):
-        hidden = posixpath.basename(member.name).startswith(".")
-        if not member.isfile() or hidden:
-            if not member.isdir():  # links in a tar have no data: `tar --dereference --hard-dereference` keeps it
-                survey.ignored["hidden" if hidden else "link"] += 1
-            continue
-        offset = begin + member.offset_data
-        end = member.offset_data + member.size
-        if end > size:
-            raise ValueError(f"{place} is cut short: {member.name} reaches to byte {end:,} of {size:,}; fetch it again")
+def _tar(
+    place: str, read: Read, begin: int, end: int, above: str, label: str | None, survey: Survey
+) -> Iterator[ListedImage]:
+    """The images of the tar that lies in these bytes of `place`; `label` is that of a class tar."""
+    members = Members()
+    for member in walk_tar(read, begin, end, place):
         name = member.name.removeprefix("./")
-        folder, _, base = name.rpartition("/")
-        stem, _, extensions = base.partition(".")
-        if f"{folder}/{stem}" != key:
-            yield from _sample(images, sidecars, survey)
-            key, images, sidecars = f"{folder}/{stem}", [], []
-        if extension(name) == "tar":
-            inner = _Window(file, member.offset_data, member.size)
-            yield from _tar(place, inner, offset, f"{above}{stem}/", stem, survey)
+        base = posixpath.basename(name)
+        if member.kind == "folder" or not base:
+            continue
+        if member.kind != "file" or base[0] == ".":
+            survey.ignored["hidden" if base[0] == "." else member.kind] += 1
+        elif extension(name) == "tar":
+            members.add(name, INNER, offset=member.offset, size=member.size)
         elif is_image_name(name):
-            images.append(ListedImage(path, offset, member.size, above + name, label))
+            survey.progress.advance()
+            members.add(name, IMAGE, offset=member.offset, size=member.size)
+        elif "." in base:
+            members.add(name, SIDECAR, offset=member.offset, size=member.size)
         else:
-            sidecars.append((extensions, offset, member.size))
-    yield from _sample(images, sidecars, survey)
+            survey.ignore(name)
+
+    def inner(i: int) -> Iterator[ListedImage]:
+        first, size = members.offsets[i], members.sizes[i]
+        stem = posixpath.basename(members.name(i)).partition(".")[0]
+        return _tar(place, read, first, first + size, f"{above}{stem}/", stem, survey)
+
+    yield from images_of(members, _absolute(place), survey, inner, masks=True, above=above, label=label)
 
 
-def _members(tar: tarfile.TarFile, place: str) -> Iterator[tarfile.TarInfo]:
-    try:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-            yield member
-    except tarfile.ReadError as error:
-        raise ValueError(f"{place} is damaged or cut short ({error}): fetch it again") from None
-
-
-def _sample(images: list[ListedImage], sidecars: list[tuple[str, int, int]], survey: Survey) -> Iterator[ListedImage]:
-    """What has one key: images, and what lies beside them. Beside `x.jpg` and `x.json`, `x.mask.png` is no image."""
-    if not images:
-        survey.ignored.update(extension or "no extension" for extension, _, _ in sidecars)
-    plain = [image for image in images if image.name.rpartition("/")[2].count(".") == 1]
-    if sidecars and plain:
-        parts = [(image.name.rpartition("/")[2].partition(".")[2], image.offset, image.size) for image in images]
-        sidecars = sidecars + [part for image, part in zip(images, parts) if image not in plain]
-        images = plain
-    for image in images:
-        yield image._replace(sidecars=sidecars) if sidecars else image
+def _no_inner(_: int) -> Iterator[ListedImage]:
+    return iter(())
 
 
 def _absolute(place: str) -> str:

@@ -12,7 +12,9 @@ import braceexpand
 
 from pipeline.files import file_system, is_remote, local_path
 from pipeline.packing import archives, lists
-from pipeline.packing.listing import ListedImage, Survey, extension, file_size, is_image_name
+from pipeline.packing.json_labels import labels_from_json
+from pipeline.packing.pairing import INNER, Members, images_of
+from pipeline.packing.survey import ListedImage, Survey, file_size, is_image_name
 from pipeline.sources.card import is_pattern
 from pipeline.sources.storage import Storage
 
@@ -23,13 +25,41 @@ ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def collect(src: str, survey: Survey, exclude: str = "") -> Iterator[ListedImage]:
+def collect(src: str, survey: Survey, *, exclude: str = "", label_key: str = "") -> Iterator[ListedImage]:
     """The images of `src`: a folder, a list of paths, a tar, a zip archive, shards; local or by URL.
 
-    `exclude` is a folder that is left out: the destination may lie in the source. FileNotFoundError when there is
-    nothing at `src`, ValueError when it is of no kind that is known.
+    `exclude` is a folder that is left out: the destination may lie in the source. `label_key` is the column of a list,
+    or the key in the JSON beside an image, that holds its label. FileNotFoundError when there is nothing at `src`,
+    ValueError when it is of no kind that is known.
     """
+    if is_list(src):
+        yield from lists.entries(src, survey, label_key)
+    elif label_key:
+        yield from labels_from_json(_images(src, survey, exclude), label_key, survey)
+    else:
+        yield from _images(src, survey, exclude)
+
+
+def is_list(src: str) -> bool:
+    return src.lower().endswith(LISTS) and not _is_local_folder(src)
+
+
+def _is_local_folder(src: str) -> bool:
+    """A folder may be named as anything else is: photos.tar, or [2021]."""
+    return not is_remote(src) and local_path(src).is_dir()
+
+
+def _images(src: str, survey: Survey, exclude: str) -> Iterator[ListedImage]:
     lower = src.lower()
+    if _is_local_folder(src):
+        folder = local_path(src)
+        tars = sorted(str(item) for item in folder.iterdir() if _is_archive(item.name) and not item.is_dir())
+        if tars:
+            _refuse_both(src, tars, _folder(folder, "", Survey(), exclude, ()))
+            yield from archives.several(tars, survey)
+        else:
+            yield from _folder(folder, "", survey, exclude, ())
+        return
     if lower.endswith(COMPRESSED):
         raise ValueError(f"{src} is compressed, single images in it cannot be reached: unpack it to a .tar first")
     if is_pattern(src) and (is_remote(src) or not local_path(src).exists()):
@@ -38,22 +68,12 @@ def collect(src: str, survey: Survey, exclude: str = "") -> Iterator[ListedImage
         if image := next(filter(is_image_name, names), None):
             raise ValueError(f"{src} names images ({image}), a pattern is of archives: name their folder, or list them")
         yield from archives.several(names, survey)
-    elif lower.endswith(LISTS):
-        yield from lists.entries(src, survey)
     elif lower.endswith(ARCHIVES):
         yield from archives.several([src], survey)
     elif is_remote(src):
         yield from _remote_folder(src, survey, exclude)
     elif not local_path(src).exists():
         raise FileNotFoundError(f"no such folder or file: {src}")
-    elif local_path(src).is_dir():
-        folder = local_path(src)
-        tars = sorted(str(folder / name) for name in os.listdir(folder) if _is_archive(name))  # noqa: PTH208
-        if tars:
-            _refuse_both(src, tars, _folder(folder, "", Survey(), exclude, ()))
-            yield from archives.several(tars, survey)
-        else:
-            yield from _folder(folder, "", survey, exclude, ())
     else:
         raise ValueError(
             f"{src} is none of what can be read: a folder, a list ({' '.join(LISTS)}), {' '.join(ARCHIVES)}"
@@ -74,26 +94,32 @@ def _refuse_both(src: str, tars: list[str], images: Iterator[ListedImage]) -> No
 
 
 def _folder(
-    root: Path, below: str, survey: Survey, exclude: str, above: tuple[tuple[int, int], ...]
+    root: Path, below: str, survey: Survey, exclude: str, parents: tuple[tuple[int, int], ...]
 ) -> Iterator[ListedImage]:
     """The images below root/below; symbolic links are followed, but not into a folder that contains them."""
     folder = root / below
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)
-    if identity in above or (exclude and str(folder.resolve()) == exclude):
+    if identity in parents or (exclude and str(folder.resolve()) == exclude):
         return
     with os.scandir(folder) as scan:
         names = sorted((item.name, _is_folder(item)) for item in scan)
     sheet = CONTACT_SHEET if (SUMMARY, False) in names else None  # beside shards that we made: no input
+    members = Members()
     for name, is_folder in names:
-        relative = f"{below}/{name}" if below else name
+        size = -1 if is_folder else file_size(os.path.join(folder, name))  # noqa: PTH118
         if is_folder:
-            yield from _folder(root, relative, survey, exclude, (*above, identity))
-        elif not is_image_name(name) or name == sheet:
-            survey.ignored[extension(name) or "no extension"] += 1
+            members.add(name, INNER)
+        elif name == sheet or (size < 0 and not is_image_name(name)):
+            survey.ignore(name)
         else:
-            full = os.path.join(folder, name)  # noqa: PTH118
-            yield ListedImage(full, -1, file_size(full), relative)
+            members.add_file(name, survey, size=size)
+
+    def inner(i: int) -> Iterator[ListedImage]:
+        return _folder(root, f"{above}{members.name(i)}", survey, exclude, (*parents, identity))
+
+    above = f"{below}/" if below else ""
+    yield from images_of(members, str(folder), survey, inner, masks=False, above=above)
 
 
 def _is_folder(item: "os.DirEntry[str]") -> bool:
@@ -123,11 +149,12 @@ def _walk(fs: Any, root: str, survey: Survey, left_out: str | None) -> Iterator[
             if details["name"].rstrip("/") != left_out:
                 folders[name] = details
         below = folder[len(root) :].strip("/")
-        sheet = CONTACT_SHEET if SUMMARY in files else None
-        for name in sorted(files):
-            if is_image_name(name) and name != sheet:
+        members = Members()
+        for name in sorted(filter(None, files)):
+            if name == CONTACT_SHEET and SUMMARY in files:
+                survey.ignore(name)
+            else:
                 size = files[name].get("size")
-                relative = f"{below}/{name}" if below else name
-                yield ListedImage(fs.unstrip_protocol(files[name]["name"]), -1, -1 if size is None else size, relative)
-            elif name:
-                survey.ignored[extension(name) or "no extension"] += 1
+                members.add_file(name, survey, size=-1 if size is None else size)
+        above = f"{below}/" if below else ""
+        yield from images_of(members, fs.unstrip_protocol(folder), survey, lambda _: iter(()), masks=False, above=above)

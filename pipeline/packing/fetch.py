@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.files import file_system, is_remote
-from pipeline.packing.listing import ListedImage
 from pipeline.packing.prepare import Rejected
+from pipeline.packing.survey import ListedImage, Sidecar
 from pipeline.sources import remote
 
 TOGETHER = 32  # remote requests in flight
 OPEN_ARCHIVES = 64
 ZIP_HEADER = 30
 LARGEST_MEMBER = 1 << 30  # bytes that a member of a zip may unpack to: there are zip bombs
-ZIP_SLACK = 256  # how much longer than in the directory a member's own header may be before it takes a second read
+ZIP_SLACK = 512  # for the name and more in a member's own header; a longer one takes a second read
 
 
 class Part(NamedTuple):
@@ -28,12 +28,19 @@ class Part(NamedTuple):
 
 
 def parts_of(image: ListedImage) -> list[Part]:
-    """The image, then what lies beside it in the archive."""
-    size = image.size
-    if image.packing is not None:
-        size += ZIP_HEADER + len(image.name.encode("utf-8", "surrogateescape")) + ZIP_SLACK
-    sidecars = [Part(image.path, offset, size) for _, offset, size in image.sidecars or ()]
-    return [Part(image.path, image.offset, size), *sidecars]
+    """The image, then what belongs to it. More than its size for a member of a zip, whose header comes first."""
+    return [
+        Part(each.path, each.offset, each.size + (ZIP_HEADER + ZIP_SLACK if each.packing is not None else 0))
+        for each in (image, *(sidecar_alone(image, sidecar) for sidecar in image.sidecars or ()))
+    ]
+
+
+def sidecar_alone(image: ListedImage, sidecar: Sidecar) -> ListedImage:
+    """A sidecar as something to fetch by itself."""
+    path = f"{image.path.rpartition('/')[0]}/{sidecar.file}" if sidecar.file else image.path
+    return ListedImage(
+        path, sidecar.offset, sidecar.size, f"{image.name}'s {sidecar.extension}", packing=sidecar.packing
+    )
 
 
 def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
@@ -59,15 +66,16 @@ def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
                     if image.offset >= 0:
                         _check_sizes(of_image, contents, image)
                     if image.packing is not None:
-                        contents[0] = _unzip(contents[0], image, archives)
+                        members = (image, *(sidecar_alone(image, sidecar) for sidecar in image.sidecars or ()))
+                        contents = [_unzip(blob, each, archives) for blob, each in zip(contents, members)]
                     yield contents
-                except (FileNotFoundError, IsADirectoryError):
+                except (FileNotFoundError, IsADirectoryError) as error:
                     if image.size < 0:
                         yield Rejected("no such file", image.path)
                         continue
                     raise FileNotFoundError(
-                        f"{image.path} has vanished since it was listed: put it back and run the same command again, "
-                        "or begin anew without it by --overwrite"
+                        f"{error.filename or image.path} has vanished since it was listed: put it back and run the "
+                        "same command again, or begin anew without it by --overwrite"
                     ) from None
                 except PermissionError as error:
                     yield Rejected("permission denied", str(error))

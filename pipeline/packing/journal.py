@@ -95,7 +95,8 @@ def begun(journal: Path, job: dict[str, Any], dest: str) -> Listing | None:
 
 
 def _refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -> None:
-    changed = [f"{name} {before.get(name)!r} there, {job[name]!r} now" for name in job if before.get(name) != job[name]]
+    names = [name for name in job | before if before.get(name) != job.get(name)]
+    changed = [f"{name} {before.get(name)!r} there, {job.get(name)!r} now" for name in names]
     if changed:
         raise ValueError(
             f"{dest} was made otherwise ({'; '.join(changed)}): name another folder, or add --overwrite to make it anew"
@@ -117,7 +118,8 @@ def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
         if listing.summary["digest"] != summary["digest"]:
             raise ValueError(
                 f"{dest} was made from {summary['found']:,} images that are no longer those of {job['src']} "
-                f"({len(listing):,} now): name another folder, or add --overwrite to make it anew"
+                f"({len(listing):,} now), or had other sizes, labels or sidecars: name another folder, or add "
+                "--overwrite to make it anew"
             )
     remove_journal(dest)
     print(f"{dest} is complete: {summary['packed']:,} of {summary['found']:,} images packed; nothing to do")

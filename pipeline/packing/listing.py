@@ -1,93 +1,21 @@
 """The images that were found, as a file: a line each, beside an array of where the lines begin.
 
-A listing of any length costs the memory of one folder, and image i is found in one look.
+A listing of any length costs the memory of its largest folder or archive, and image i is found in one look.
 """
 
 import json
 import mmap
-import os
-import stat
 from array import array
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from pipeline.files import write_atomically
-from pipeline.pixels.formats import EXTENSIONS as IMAGE_EXTENSIONS
+from pipeline.packing.survey import ListedImage, Sidecar, Survey
 from pipeline.sources.index import LABEL_EXTENSION
-
-MOST_CLASSES = 1_000_000  # folders at one depth; beyond that they are no classes
-
-
-class ListedImage(NamedTuple):
-    """One image that was found."""
-
-    path: str  # the file, archive or URL that holds the bytes
-    offset: int  # of the first byte in an archive; -1: the file is the image
-    size: int  # stored bytes; -1: not known, or not there when it was listed
-    name: str  # relative to the source: for the key, for messages
-    label: str | None = None  # None: the folder may say
-    columns: dict[str, Any] | None = None  # written as key.json
-    sidecars: list[tuple[str, int, int]] | None = None  # other members of a WebDataset sample: extension, offset, size
-    packing: int | None = None  # how a member of a zip archive is packed: 0 stored, 8 deflated, -1 encrypted
-
-
-@dataclass
-class Survey:
-    """What is learned about a source while its images are listed."""
-
-    ignored: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
-    root: list[str] | None = None  # the folders that all images have in common
-    depths: Counter[int] = field(default_factory=Counter)  # images by the number of folders above them
-    folders: list[dict[str, None]] = field(default_factory=list)  # names of the folders at each depth
-    labels: dict[str, None] = field(default_factory=dict)  # labels that a list or an archive gave
-    classes: list[str] = field(default_factory=list)  # their names in order, where the source says
-
-    def add(self, image: ListedImage) -> None:
-        if image.label is not None:
-            self.labels[image.label] = None
-            return
-        folders = image.name.split("/")[:-1]
-        self.depths[len(folders)] += 1
-        if self.root is None:
-            self.root = folders
-        elif folders[: len(self.root)] != self.root:
-            same = (a == b for a, b in zip(folders, self.root))
-            self.root = self.root[: next((i for i, equal in enumerate(same) if not equal), len(folders))]
-        for depth, folder in enumerate(folders):
-            if depth == len(self.folders):
-                self.folders.append({})
-            if len(self.folders[depth]) <= MOST_CLASSES:
-                self.folders[depth][folder] = None
-
-    def class_depth(self) -> int:
-        """At which depth the folders are classes: below those that all images share; -1 when images lie beside them."""
-        depth = len(self.root or [])
-        if self.labels or depth >= len(self.folders) or self.depths[depth] or len(self.folders[depth]) > MOST_CLASSES:
-            return -1
-        return depth
-
-
-def is_image_name(name: str) -> bool:
-    return extension(name) in IMAGE_EXTENSIONS
-
-
-def extension(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()  # noqa: PTH122 (a string operation, a million times)
-
-
-def file_size(path: str) -> int:
-    """-1 for what is no file, such as a link to nowhere: it is found, and rejected when it is packed."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 (a million times)
-    except (OSError, ValueError):  # ValueError: a zero byte in the name
-        return -1
-    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 class Listing:
@@ -109,18 +37,25 @@ class Listing:
     def __getitem__(self, i: int) -> ListedImage:
         begin = int(self._table[i, 0])
         end = int(self._table[i + 1, 0]) if i + 1 < len(self) else len(self._lines)
-        return ListedImage(*json.loads(self._lines[begin:end]))
+        image = ListedImage(*json.loads(self._lines[begin:end]))
+        return image._replace(sidecars=[Sidecar(*each) for each in image.sidecars]) if image.sidecars else image
 
     @property
     def sizes(self) -> np.ndarray:
         return self._table[:, 1]
 
-    def label(self, image: ListedImage) -> int | None:
-        """The number of the image's class; None when it has none, or brings its own as a member of its sample."""
+    def label(self, image: ListedImage) -> int | list[int] | None:
+        """The number of the image's class, or of its classes when it has a list of labels; None when it has none, or
+        brings its own as a member of its sample."""
+        if isinstance(image.label, list):
+            return list(map(self._class_number, image.label))
         if image.label is not None:
-            return int(image.label) if self.summary["labels_are_numbers"] else self._number[image.label]
+            return self._class_number(image.label)
         depth = self.summary["class_depth"]
         return None if depth < 0 else self._number[image.name.split("/")[depth]]
+
+    def _class_number(self, label: str) -> int:
+        return int(label) if self.summary["labels_are_numbers"] else self._number[label]
 
     @staticmethod
     def write(
@@ -138,10 +73,10 @@ class Listing:
         with (folder / "listing.jsonl").open("wb") as lines, (folder / "listing.bin").open("wb") as table:
             for image in images:
                 if not labels:
-                    sidecars = image.sidecars and [part for part in image.sidecars if part[0] != LABEL_EXTENSION]
+                    sidecars = [each for each in image.sidecars or () if each.extension != LABEL_EXTENSION]
                     image = image._replace(label=None, sidecars=sidecars or None)
                 survey.add(image)
-                where, what = encode(image.path), encode(image[1:])
+                where, what = encode(image.path), encode(_as_written(image)[1:])
                 digest.update(what.encode())  # not the place: the same images elsewhere are the same input
                 line = f"[{where},{what[1:]}\n".encode()
                 rows.extend((position, image.size))
@@ -155,6 +90,8 @@ class Listing:
             table.write(rows.tobytes())
         depth = survey.class_depth() if labels else -1
         named = list(survey.labels) or (list(survey.folders[depth]) if depth >= 0 else [])
+        if labels and not named and not survey.own_labels:
+            survey.remark_unlabelled()
         # More digits than a class number has are a name: a taxon's, a product's.
         numbers = bool(survey.labels) and not classes and all(name.isdecimal() and len(name) < 10 for name in named)
         if classes and (unknown := sorted(set(named) - set(classes))):
@@ -168,7 +105,14 @@ class Listing:
             "class_depth": depth,
             "labels_are_numbers": numbers,
             "ignored": survey.ignored,
+            "remarks": survey.remarks,
             "digest": digest.hexdigest(),
         }
         write_atomically(folder / "listing.json", json.dumps(summary).encode())
         return Listing(folder)
+
+
+def _as_written(image: ListedImage) -> ListedImage:
+    """The sidecars of a tar without their last two fields, as they have always been: the digest stays what it was."""
+    short = [each if each.file or each.packing is not None else each[:3] for each in image.sidecars or ()]
+    return image._replace(sidecars=short or None)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Lists of images (text, CSV, Parquet) and files of labels. Both are read row by row."""
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -10,7 +11,7 @@ from typing import Any, TextIO
 
 from pipeline import files
 from pipeline.files import is_remote, local_path
-from pipeline.packing.listing import ListedImage, Survey, extension, file_size, is_image_name
+from pipeline.packing.survey import ListedImage, Survey, extension, file_size, is_image_name
 
 # Names of columns, in any case; the earliest in the list that is there is taken.
 PATHS = """path file filename file_name filepath file_path image image_path url uri name image_id imageid""".split()  # noqa: SIM905
@@ -20,13 +21,18 @@ LONGEST_CELL = 1 << 24  # characters; Python's own limit is less than some capti
 Row = dict[str, Any]
 
 
-def entries(place: str, survey: Survey) -> Iterator[ListedImage]:
+def entries(place: str, survey: Survey, label_key: str = "") -> Iterator[ListedImage]:
     """The images of a list, in its order, with its other columns. Relative paths begin in the list's folder.
 
-    A file that is not there has the size -1: it is counted, and rejected when it is packed.
+    `label_key` names the column of labels. A file that is not there has the size -1: it is counted, and rejected when
+    it is packed.
     """
     folder = place.rpartition("/")[0] if is_remote(place) else str(local_path(place).resolve().parent)
     for row, path_column, label_column in rows(place):
+        if label_key and label_key not in row:
+            raise ValueError(f"{place} has no column `{label_key}` (--label_key); it has {', '.join(row)}")
+        survey.progress.advance()
+        label_column = label_key or label_column
         path = row.pop(path_column) or ""
         if not isinstance(path, str):  # Hugging Face's tables hold the images themselves
             kind = type(path).__name__
@@ -37,9 +43,24 @@ def entries(place: str, survey: Survey) -> Iterator[ListedImage]:
         full = path if is_remote(path) or path.startswith("/") else f"{folder}/{path}"
         size = -1 if is_remote(full) else file_size(full)
         columns = {name: value for name, value in row.items() if value is not None} or None
-        if isinstance(label, float) and label.is_integer():  # whole numbers beside missing ones, as pandas writes them
-            label = int(label)
-        yield ListedImage(full, -1, size, path, None if label in (None, "") else str(label), columns)
+        if label_key and isinstance(label, str) and label.startswith("["):  # a list in a text file
+            with contextlib.suppress(ValueError):
+                label = json.loads(label)
+        yield ListedImage(full, -1, size, path, as_label(label, full), columns)
+
+
+def as_label(value: Any, where: str) -> str | list[str] | None:
+    """A value of a table or of JSON as a label, or as a list of labels; None when it is missing.
+
+    ValueError for what is neither.
+    """
+    if isinstance(value, list):
+        return [str(label) for each in value if (label := as_label(each, where)) is not None]
+    if isinstance(value, dict):
+        raise ValueError(f"the label of {where} is {str(value)[:60]}: a text, a number or a list of them is needed")
+    if isinstance(value, float) and value.is_integer():  # whole numbers beside missing ones, as pandas writes them
+        value = int(value)
+    return None if value in (None, "") else str(value)
 
 
 def rows(place: str) -> Iterator[tuple[Row, str, str]]:

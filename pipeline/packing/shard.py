@@ -17,8 +17,8 @@ import xxhash
 
 from pipeline import files
 from pipeline.packing.fetch import fetch
-from pipeline.packing.listing import ListedImage
 from pipeline.packing.prepare import Options, Rejected, prepare
+from pipeline.packing.survey import ListedImage
 from pipeline.sources.index import BLOCK, Component, format_index
 
 COUNTERS: "ctypes.Array[ctypes.c_longlong] | None" = None  # in a local worker: shared memory that the bar reads
@@ -26,11 +26,11 @@ COUNTER = 0  # where this worker counts its images; its bytes are counted in the
 
 
 class PlannedImage(NamedTuple):
-    """An image of a shard: its number in the listing, what the listing says, the number of its class."""
+    """An image of a shard: its number in the listing, what the listing says, the number of its class or of several."""
 
     number: int
     image: ListedImage
-    label: int | None
+    label: int | list[int] | None
 
 
 class PackTask(NamedTuple):
@@ -110,7 +110,8 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
                     position += BLOCK + -(-size // BLOCK) * BLOCK
                 index.append(components)
                 image_bytes += len(data)
-                labels[sample.get("cls", b"").decode("ascii", "replace")] += 1
+                several = map(str, planned.label) if isinstance(planned.label, list) else None
+                labels.update(several or [sample.get("cls", b"").decode("ascii", "replace")])
             except Rejected as why:
                 rejected.append({"name": planned.image.name, "reason": why.reason, "detail": why.detail})
             _advance(planned.image)
@@ -134,8 +135,10 @@ def _advance(image: ListedImage) -> None:
 
 def _other_members(planned: PlannedImage, contents: list[bytes]) -> dict[str, Any]:
     """What goes into the sample beside the image: its label, its columns, what a WebDataset sample brought along."""
-    parts = {name: data for (name, _, _), data in zip(planned.image.sidecars or (), contents)}
-    if planned.label is not None:
+    parts = {sidecar.extension: data for sidecar, data in zip(planned.image.sidecars or (), contents)}
+    if isinstance(planned.label, list):
+        parts["labels.json"] = json.dumps(planned.label).encode()
+    elif planned.label is not None:
         parts["cls"] = str(planned.label).encode()
     if planned.image.columns:
         parts["json"] = json.dumps(planned.image.columns, ensure_ascii=False).encode("utf-8", "surrogateescape")

@@ -33,7 +33,8 @@ def finish(
     """Writes what belongs to the shards and returns the counts. ValueError when nothing could be packed."""
     reasons: Counter[str] = Counter()
     labels: Counter[str] = Counter()
-    remarks: dict[str, list[Any]] = {}  # kind -> how many images it is said of, the first of them and what is said
+    # kind -> how many images it is said of, the first of them and what is said; older listings and records have none
+    remarks: dict[str, list[Any]] = {kind: list(said) for kind, said in listing.summary.get("remarks", {}).items()}
     made: dict[str, list[Shard]] = {shard.split: [] for shard in shards}
     packed = image_bytes = 0
     first = ""
@@ -44,7 +45,7 @@ def finish(
                 lines.write(json.dumps(line).encode() + b"\n")
                 reasons[line["reason"]] += 1
                 first = first or f"{line['name']}: {line['reason']} {line['detail']}"
-            for kind, (count, example) in record.get("remarks", {}).items():  # older records have none
+            for kind, (count, example) in record.get("remarks", {}).items():
                 remarks.setdefault(kind, [0, example])[0] += count
             packed += record["samples"]
             image_bytes += record["image_bytes"]

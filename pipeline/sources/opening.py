@@ -263,8 +263,8 @@ def _build(
             _warn(f"{len(empty)} tars in {root} without images are left out, one is {empty[0]}")
         if beyond := sum(s.images_beyond for s in scanned.values()):
             _warn(
-                f"{beyond:,} images in {root} are not used: up to the first dot, they are named as another image; "
-                "make_shards gives each a name of its own"
+                f"{beyond:,} images in {root} are not used: up to the first dot, where the name of a sample ends, they "
+                f"are named as another image; `python pipeline/make_shards.py {root} DEST` gives each a name of its own"
             )
         if sparse := sum(s.sparse for s in scanned.values()):
             _warn(f"{sparse:,} members in {root} are sparse files and not used: write the tars without `--sparse`")

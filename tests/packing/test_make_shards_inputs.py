@@ -19,8 +19,9 @@ import pytest
 from pipeline.make_shards import make_shards
 from pipeline.packing import fetch
 from pipeline.packing.collect import collect
-from pipeline.packing.listing import ListedImage, Listing, Survey
+from pipeline.packing.listing import Listing
 from pipeline.packing.prepare import Options, Rejected
+from pipeline.packing.survey import ListedImage, Sidecar, Survey
 from pipeline.pixels.formats import EXTENSIONS
 
 
@@ -400,7 +401,7 @@ def test_damaged_archives_are_errors(image_folder: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="is compressed"):
         make(tmp_path / "a.tar.gz", tmp_path / "d")
     (tmp_path / "gz.tar").write_bytes((tmp_path / "a.tar.gz").read_bytes())
-    with pytest.raises(ValueError, match="not a tar"):
+    with pytest.raises(ValueError, match=r"gz\.tar is compressed"):
         make(tmp_path / "gz.tar", tmp_path / "d")
 
 
@@ -427,7 +428,8 @@ def test_answers_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "file_system", lambda _: (Server(), ""))
     names = ("a", "refused", "c")
     entries = [
-        ListedImage(f"http://x/{n}.tar", 10 * i, 5, "n", sidecars=[("cls", 10 * i + 5, 2)]) for i, n in enumerate(names)
+        ListedImage(f"http://x/{n}.tar", 10 * i, 5, "n", sidecars=[Sidecar("cls", 10 * i + 5, 2)])
+        for i, n in enumerate(names)
     ]
     answers = list(fetch.fetch(entries))
     assert [a.reason if isinstance(a, Rejected) else a for a in answers] == [
