@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms as T
 
 from pipeline.loader import Loader
-from pipeline.pixels.graph import Graph
+from pipeline.pixels.graph import Graph, Lent, lend
 from pipeline.pixels.views import IMAGENET, sample_views
 from pipeline.sources.opening import open_source
 
@@ -145,9 +145,9 @@ def our_stream(recipe: str, encoded: list[np.ndarray], batch_size: int, workers:
     sizes = np.array([Image.open(io.BytesIO(e.tobytes())).size for e in encoded])
     batches = numbered(len(encoded), batch_size)
 
-    def feed() -> tuple[Any, ...]:
+    def feed() -> Lent:
         ids = next(batches)
-        rows = (
+        rows = [
             sample_views(
                 recipe,
                 seed=0,
@@ -160,8 +160,8 @@ def our_stream(recipe: str, encoded: list[np.ndarray], batch_size: int, workers:
                 crop_min=0.2,
             )
             for view in range(2)
-        )
-        return [encoded[i] for i in ids], *rows
+        ]
+        return lend([encoded[i] for i in ids], rows, image_size=SIZE, device="cpu")
 
     graph = Graph(
         feed,

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.loader import usual_threads
 from pipeline.pixels import views
-from pipeline.pixels.graph import Graph
+from pipeline.pixels.graph import Graph, lend
 from pipeline.pixels.views import MeanStd
 from pipeline.reading.ahead import Decoding, Item, ShardsAhead, any_remote, prefetch_shards
 from pipeline.reading.order import draw_of_ids, make_order
@@ -63,7 +63,8 @@ def eval_batches(
 
     def with_view(samples: Samples) -> Item:
         rows = views.center_crops(samples.heights, samples.widths, image_size=image_size, resize=resize)
-        return Item(samples, (rows,), reader.labels(samples.draw))
+        lent = lend(samples.encoded, [rows], image_size=image_size, device=device)
+        return Item(samples, lent, reader.labels(samples.draw))
 
     def items() -> Iterator[Item]:
         reached = -1
@@ -122,7 +123,8 @@ def train_batches(
         keys: dict[str, Any] = {"seed": seed, "epochs": draw.epochs, "sample_ids": draw.sample_ids, "view": 0}
         sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
         rows = views.sample_crops(**keys, **sizes, crop_min=CROP_MIN)
-        return Item(samples, (rows,), reader.labels(draw))
+        lent = lend(samples.encoded, [rows], image_size=image_size, device=device)
+        return Item(samples, lent, reader.labels(draw))
 
     def items() -> Iterator[Item]:
         step = start

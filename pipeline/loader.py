@@ -18,7 +18,7 @@ import torch
 from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels import views as view_parameters
 from pipeline.pixels.decode import MAX_PIXELS
-from pipeline.pixels.graph import Graph
+from pipeline.pixels.graph import Graph, lend
 from pipeline.progress import track
 from pipeline.reading.ahead import Decoding, Item, ShardsAhead
 from pipeline.reading.order import make_order
@@ -130,8 +130,9 @@ class Loader:
             )
             for view in range(2)
         ]
+        item = Item(samples, lend(samples.encoded, rows, image_size=self.image_size, device=self.device))
         self._views_seconds += time.perf_counter() - started
-        return Item(samples, tuple(rows))
+        return item
 
     def _decode_with_pillow(self, item: Item) -> Item:
         return self._with_views(self._reader.decode_with_pillow(item.samples))

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels.decode import picture
-from pipeline.pixels.graph import Graph
+from pipeline.pixels.graph import Graph, lend
 from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader
@@ -60,7 +60,7 @@ def preview(
         for view in range(2)
     ]
     mean, std = mean_std(views)
-    batches = iter([(samples.encoded, *rows)])
+    batches = iter([lend(samples.encoded, rows, image_size=image_size, device="cpu")])
     graph = Graph(
         lambda: next(batches),
         num_views=2,

@@ -28,7 +28,8 @@ GREY_BEFORE, ORDER, GREY_AFTER = (
 )
 BRIGHTNESS, CONTRAST = tl.constexpr(views.BRIGHTNESS), tl.constexpr(views.CONTRAST)
 SATURATION, HUE, BLUR = tl.constexpr(views.SATURATION), tl.constexpr(views.HUE), tl.constexpr(views.BLUR)
-COLUMNS = tl.constexpr(len(views.COLUMNS))
+WEIGHTS = tl.constexpr(len(views.COLUMNS))  # where a row's blur weights begin
+COLUMNS = tl.constexpr(len(views.COLUMNS) + TAPS)
 
 
 @triton.jit
@@ -142,10 +143,11 @@ def colour_kernel(pixels, rows, orders, sums, count, block: tl.constexpr):
 
 
 @triton.jit
-def blur_kernel(pixels, rows, weights, blurred, size, taps: tl.constexpr, block: tl.constexpr):
+def blur_kernel(pixels, rows, blurred, size, taps: tl.constexpr, block: tl.constexpr):
     """Blurs across, the views that are to be blurred: uint8 to float32, both [n, size, size, 3]."""
     view, y = tl.program_id(0), tl.program_id(1)
-    if tl.load(rows + view * COLUMNS + BLUR) > 0:
+    row = rows + view * COLUMNS
+    if tl.load(row + BLUR) > 0:
         i = tl.arange(0, block)
         mask = i < size * 3
         line = (view.to(tl.int64) * size + y) * size * 3
@@ -153,23 +155,24 @@ def blur_kernel(pixels, rows, weights, blurred, size, taps: tl.constexpr, block:
         for k in tl.static_range(taps):
             x = tl.minimum(tl.maximum(i // 3 + (k - taps // 2), 0), size - 1)
             value = tl.load(pixels + line + x * 3 + i % 3, mask, 0).to(tl.float32)
-            total += tl.load(weights + view * taps + k) * value
+            total += tl.load(row + WEIGHTS + k) * value
         tl.store(blurred + line + i, total, mask)
 
 
 @triton.jit
-def finish_kernel(pixels, rows, weights, blurred, scale, base, out, size, taps: tl.constexpr, block: tl.constexpr):
+def finish_kernel(pixels, rows, blurred, scale, base, out, size, taps: tl.constexpr, block: tl.constexpr):
     """Blurs down the views that are to be blurred, and normalises all: to out [n, size, size, 3] in its dtype."""
     view, y = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, block)
     mask = i < size * 3
     image = view.to(tl.int64) * size * size * 3
+    row = rows + view * COLUMNS
     value = tl.zeros([block], tl.float32)
-    if tl.load(rows + view * COLUMNS + BLUR) > 0:
+    if tl.load(row + BLUR) > 0:
         for k in tl.static_range(taps):
             source = tl.minimum(tl.maximum(y + (k - taps // 2), 0), size - 1)
             line = tl.load(blurred + image + source * size * 3 + i, mask, 0)
-            value += tl.load(weights + view * taps + k) * line
+            value += tl.load(row + WEIGHTS + k) * line
         value = tl.floor(value + 0.5)
     else:
         value = tl.load(pixels + image + y * size * 3 + i, mask, 0).to(tl.float32)
@@ -177,26 +180,30 @@ def finish_kernel(pixels, rows, weights, blurred, scale, base, out, size, taps: 
     tl.store(out + image + y * size * 3 + i, value.to(out.dtype.element_ty), mask)
 
 
-def blur_weights(sigma: torch.Tensor) -> torch.Tensor:
-    """Three boxes of fractional radius, one after the other, as one filter of 13 taps: float32 [n] to [n, 13]."""
+def with_blur_weights(rows: views.Views) -> views.Views:
+    """The parameters of n views, each followed by the 13 taps of its blur: [n, P] to [n, P + 13].
+
+    Three boxes of fractional radius, one after the other, as one filter.
+    """
+    sigma = rows[:, views.BLUR]
     variance = sigma * sigma / 3
-    whole = torch.floor((torch.sqrt(12 * variance + 1) - 1) / 2)
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     next_one = whole + 1
     part = (2 * whole + 1) * (whole * next_one - 3 * variance) / (6 * (variance - next_one * next_one))
     inner = 1 / (2 * (whole + part) + 1)
     outer = (1 - (2 * whole + 1) * inner) / 2
-    distance = torch.arange(-2, 3, device=sigma.device).abs()
-    box = torch.where(distance <= whole[:, None], inner[:, None], 0.0)
-    box = torch.where(distance == next_one[:, None], outer[:, None], box)
+    distance = np.abs(np.arange(-2, 3))
+    box = np.where(distance <= whole[:, None], inner[:, None], np.float32(0))
+    box = np.where(distance == next_one[:, None], outer[:, None], box)  # [n, 5]
     # Convolutions of filters so short are sums of shifted products.
-    result = box
+    taps = box
     for _ in range(2):
-        width = result.shape[1]
-        wider = torch.zeros(len(sigma), width + 4, device=sigma.device)
+        width = taps.shape[1]
+        wider = np.zeros((len(rows), width + 4), np.float32)
         for k in range(5):
-            wider[:, k : k + width] += box[:, k, None] * result
-        result = wider
-    return result
+            wider[:, k : k + width] += box[:, k, None] * taps
+        taps = wider
+    return np.concatenate([rows, taps], axis=1)
 
 
 class Finish:
@@ -209,17 +216,16 @@ class Finish:
         self.orders = torch.tensor(np.array(views.ORDERS, np.int32), device=device)
 
     def __call__(self, pixels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """pixels uint8 [n, S, S, 3], overwritten, and rows float32 [n, P] to [n, 3, S, S], channels-last."""
+        """pixels uint8 [n, S, S, 3], overwritten, and rows float32 [n, P + 13] to [n, 3, S, S], channels-last."""
         n, size = len(pixels), pixels.shape[1]
         sums = torch.zeros(n, dtype=torch.int32, device=pixels.device)
         blurred = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
         out = torch.empty(pixels.shape, dtype=self.dtype, device=pixels.device)
-        weights = blur_weights(rows[:, views.BLUR])
         blocks, line = (n, triton.cdiv(size * size, BLOCK)), triton.next_power_of_2(size * 3)
-        # Without fused multiply-adds: a byte is cut off after each op, as on the CPU.
+        # Without fused multiply-adds: every op is rounded, and a byte is cut off after it, as on the CPU.
         exact: dict[str, Any] = {"enable_fp_fusion": False}
         sum_kernel[blocks](pixels, rows, self.orders, sums, size * size, BLOCK, **exact)
         colour_kernel[blocks](pixels, rows, self.orders, sums, size * size, BLOCK, **exact)
-        blur_kernel[(n, size)](pixels, rows, weights, blurred, size, TAPS, line)
-        finish_kernel[(n, size)](pixels, rows, weights, blurred, self.scale, self.base, out, size, TAPS, line)
+        blur_kernel[(n, size)](pixels, rows, blurred, size, TAPS, line, **exact)
+        finish_kernel[(n, size)](pixels, rows, blurred, self.scale, self.base, out, size, TAPS, line, **exact)
         return out.permute(0, 3, 1, 2)

@@ -15,7 +15,8 @@ from pipeline.permutation import mix
 
 RECIPES = ("v1", "v2", "cifar")
 COLUMNS = (
-    # The box of the image that is resized, in pixels; nothing outside it is looked at.
+    # The box of the image that is resized, in pixels. On the CPU nothing outside it is looked at; DALI's filter, on a
+    # GPU, looks a little further.
     "top", "left", "height", "width",
     # What the box is resized to, and where in that the image_size x image_size window lies.
     "grid_height", "grid_width", "grid_top", "grid_left",

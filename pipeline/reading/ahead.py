@@ -2,7 +2,8 @@
 
 The reading thread keeps a bounded number of batches ready. The graph takes them `prefetch` batches before they come
 out, so whatever is inside it is remembered here: what comes out is paired with its batch, and after a decode error
-nothing is lost or doubled.
+nothing is lost or doubled. All that takes time for each image happens in the reading thread, `lend` too; the thread
+that trains only hands whole batches on.
 """
 
 import logging
@@ -11,13 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.files import is_remote
-from pipeline.pixels.graph import Graph
+from pipeline.pixels.graph import DecodeError, Feed, Graph, Lent
 from pipeline.reading.order import Order
 from pipeline.reading.reader import Samples
 from pipeline.sources.manifest import Source
@@ -27,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """One batch before decoding: samples, parameters of each view (float32 [n, P]), labels (int64 [n]) where wanted."""
+    """One batch before decoding: samples, the same with the views' parameters as the graph takes them, labels (int64
+    [n]) where wanted."""
 
     samples: Samples
-    views: tuple[np.ndarray, ...]
+    lent: Lent
     labels: np.ndarray | None = None
     by_pillow: bool = False
 
@@ -80,14 +82,14 @@ class Decoding:
     """Items in, (item, views on the device) out, in order.
 
     make_graph(feed) builds the graph. decode_with_pillow(item) gives an item's samples as files that cannot fail to
-    decode: when the graph raises RuntimeError it is replaced, the oldest batch in it goes through Pillow, and the
+    decode: when the graph raises DecodeError it is replaced, the oldest batch in it goes through Pillow, and the
     others go in again.
     """
 
     def __init__(
         self,
         items: Iterator[Item],
-        make_graph: Callable[[Callable[[], tuple[Any, ...]]], Graph],
+        make_graph: Callable[[Feed], Graph],
         decode_with_pillow: Callable[[Item], Item],
         depth: int = 2,
     ) -> None:
@@ -99,7 +101,7 @@ class Decoding:
         self._error: Exception | None = None
         self._graph = make_graph(self._feed)
 
-    def _feed(self) -> tuple[Any, ...]:
+    def _feed(self) -> Lent:
         if self._again:
             item = self._again.popleft()
         else:
@@ -116,7 +118,7 @@ class Decoding:
             finally:
                 self.seconds["starved"] += time.perf_counter() - started
         self._inside.append(item)
-        return item.samples.encoded, *item.views
+        return item.lent
 
     def next(self) -> tuple[Item, tuple[torch.Tensor, ...]]:
         """StopIteration at the end; the exception of `items` in its place."""
@@ -128,19 +130,19 @@ class Decoding:
                 if self._error is not None:
                     raise self._error from None
                 raise
-            except RuntimeError as error:
+            except DecodeError as error:
                 self._recover(error)
                 continue
             finally:
                 self.seconds["graph"] += time.perf_counter() - started - (self.seconds["starved"] - starved)
             return self._inside.popleft(), views
 
-    def _recover(self, error: RuntimeError) -> None:
+    def _recover(self, error: DecodeError) -> None:
         waiting = [*self._inside, *self._again]
         first = next((i for i, item in enumerate(waiting) if not item.by_pillow), None)
         if first is None:
             raise error
-        log.warning("DALI could not decode a batch, Pillow decodes it: %s", " ".join(str(error).split())[:300])
+        log.warning("DALI could not decode a batch, Pillow decodes it: %s", str(error)[:300])
         waiting[first] = self._decode_with_pillow(waiting[first])._replace(by_pillow=True)
         self._graph.close()
         self._inside.clear()

@@ -16,7 +16,7 @@ from conftest import cpu_environment
 from PIL import Image
 
 from pipeline.pixels import kernels_cpu, views
-from pipeline.pixels.graph import Graph
+from pipeline.pixels.graph import DecodeError, Graph, Lent, lend
 from pipeline.pixels.views import center_crops, sample_views
 
 SIZE = 48
@@ -60,7 +60,12 @@ def graph_over(batches: list[tuple[Any, ...]], **changes: Any) -> Graph:
         "num_threads": 2,
     }
     arguments |= {"batch_size": max(len(b[0]) for b in batches), "dtype": torch.float32} | changes
-    return Graph(lambda: next(feed), **arguments)
+
+    def lent() -> Lent:
+        encoded, *rows = next(feed)
+        return lend(encoded, rows, image_size=arguments["image_size"], device=arguments["device"])
+
+    return Graph(lent, **arguments)
 
 
 def drain(graph: Graph) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -117,7 +122,7 @@ def test_an_undecodable_sample_is_an_error_and_the_next_batches_are_right() -> N
     while True:
         try:
             results.append(graph.run())
-        except RuntimeError:
+        except DecodeError:
             errors += 1
         except StopIteration:
             break
@@ -193,26 +198,50 @@ def test_kernels_know_the_columns() -> None:
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_the_gpu_kernels_arithmetic_in_triton_s_interpreter() -> None:
-    """On the CPU, against kernels_cpu: the same bytes, and within a level where there is a blur."""
+@pytest.mark.parametrize("what", ["", "--graph", "--compile"])
+def test_the_gpu_path_without_a_gpu(what: str) -> None:
+    """The kernels in Triton's interpreter against kernels_cpu (the same bytes, within a level where there is a blur);
+    with them the whole graph, DALI's CPU operators in place of its GPU ones; and compiled for Hopper."""
     pytest.importorskip("triton")
-    child = Path(__file__).with_name("triton_interpreted.py")
-    env = cpu_environment(TRITON_INTERPRET="1")
-    result = subprocess.run([sys.executable, str(child)], env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-
-
-@pytest.mark.slow
-@pytest.mark.process
-def test_the_gpu_kernels_compile_for_hopper_without_one() -> None:
-    pytest.importorskip("triton")
-    if os.uname().machine != "x86_64":
+    if what == "--compile" and os.uname().machine != "x86_64":
         pytest.skip("Triton brings its assembler for x86-64")
     child = Path(__file__).with_name("triton_interpreted.py")
-    result = subprocess.run(
-        [sys.executable, str(child), "--compile"], env=cpu_environment(), capture_output=True, text=True, timeout=240
-    )
+    env = cpu_environment(**({} if what == "--compile" else {"TRITON_INTERPRET": "1"}))
+    result = subprocess.run([sys.executable, str(child), what], env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+DECODING = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\n... encountered:\n\n"
+RESIZING = DECODING.replace("decoders.image", "resize")
+
+
+@pytest.mark.parametrize(
+    ("says", "is_the_images"),
+    [
+        (DECODING + "nvImageCodec failure: '#4'\nCurrent pipeline object is no longer valid.", True),
+        (DECODING + "Failed to decode sample #1 : \nCurrent pipeline object is no longer valid.", True),
+        (DECODING + "nvImageCodec failure: '#5'", False),  # its allocator
+        (DECODING + "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory", False),
+        (DECODING + "Can't allocate 77070336 bytes on device 0.", False),
+        (RESIZING + "Failed to decode sample", False),
+        ("CUDA runtime API error cudaErrorIllegalAddress (700)", False),
+    ],
+)
+def test_errors_of_the_gpu_are_not_taken_for_the_images(
+    says: str, is_the_images: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = graph_over([batch([0, 1])])
+    run = graph._pipeline.run
+
+    def fails(stream: object) -> Any:
+        run(stream)
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(graph._pipeline, "run", fails)
+    with pytest.raises(RuntimeError) as caught:
+        graph.run()
+    assert (type(caught.value) is DecodeError) == is_the_images
+    graph.close()
 
 
 @pytest.mark.gpu

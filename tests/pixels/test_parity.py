@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
 from pipeline.pixels import kernels_cpu, views
-from pipeline.pixels.graph import Graph, crop
+from pipeline.pixels.graph import Graph, crop, lend, regions
 from pipeline.pixels.views import ORDERS, RECIPES, center_crops, mean_std, sample_crops, sample_views
 
 SIZE = 224
@@ -157,7 +157,7 @@ def encode(image: Image.Image) -> np.ndarray:
 
 def run_graph(encoded: list[np.ndarray], rows: np.ndarray, size: int, device: str = "cpu") -> np.ndarray:
     """The views of one batch in levels of 255, [n, S, S, 3], through the whole graph."""
-    batches = iter([(encoded, rows)])
+    batches = iter([lend(encoded, [rows], image_size=size, device=device)])
     graph = Graph(
         lambda: next(batches), num_views=1, image_size=size, batch_size=len(encoded), device=device,
         dtype=torch.float32, num_threads=2, mean=(0, 0, 0), std=(1, 1, 1),
@@ -222,8 +222,9 @@ def test_crops_of_the_gpu_path(images: list[Image.Image], table: dict[str, list[
 
         @pipeline_def
         def crops(views_: np.ndarray = views_) -> Any:
-            data, row = fn.external_source(lambda: (encoded, views_), num_outputs=2, batch=True)
-            return crop(fn.decoders.image(data), row, 96)
+            feed = (encoded, *regions(views_, 96))
+            data, start, end = fn.external_source(lambda: feed, num_outputs=3, batch=True)
+            return crop(fn.decoders.image(data), start, end, 96)
 
         (out,) = crops(batch_size=n, num_threads=2, device_id=None).run()
         for i, expected in enumerate(run_graph(encoded, views_, 96)):
