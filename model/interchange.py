@@ -77,9 +77,9 @@ def read_moco(path: str | Path) -> MoCoFile:
     )
 
 
-def read_encoder(path: str | Path) -> Encoder:
-    """The query encoder of such a file, built and loaded; its head is a fresh one when the file has none."""
-    file = read_moco(path)
+def encoder_of(file: MoCoFile) -> Encoder:
+    """The file's query encoder. Without `has_head` its head is as it was initialised: nothing may be computed from
+    it."""
     encoder = build_encoder(file.arch, width=file.width, small_stem=file.small_stem, dim=file.dim, mlp=file.mlp)
     load_into(encoder, file.encoder)
     return encoder

@@ -93,9 +93,8 @@ def make_gallery(
 ) -> Path:
     """Draws `queries` random samples with their nearest neighbours among the first `images` of source (None: all) to
     a PNG."""
-    encoder = loaded.encoder.to(device)
     vectors, labels, sample_ids = extract(
-        encoder if features == "head" else encoder.backbone,
+        loaded.part(features).to(device),
         source,
         image_size=loaded.image_size,
         mean_std=loaded.mean_std,

@@ -298,8 +298,7 @@ def main() -> None:
     started = time.monotonic()
     loaded = load_encoder(args.run, untrained=args.untrained or args.pixels)
     with joined() as (rank, world_size, device):
-        encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last)
-        module = encoder if args.features == "head" else encoder.backbone
+        module = loaded.part(args.features).to(device).to(memory_format=torch.channels_last)
 
         def embed(images: Tensor) -> Tensor:
             if args.pixels:

@@ -3,9 +3,11 @@ code (`.pth.tar`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import xxhash
+from torch import nn
 
 import checkpoint
 import recipe as recipes
@@ -26,6 +28,15 @@ class LoadedEncoder:
     name: str  # for people: the run's folder or the file
     step: int  # of the checkpoint; 0 when untrained or unknown
     recipe: Recipe | None  # None for a foreign checkpoint
+    has_head: bool  # False when the file had none: the encoder's own is then as it was initialised
+
+    def part(self, features: Literal["backbone", "head"]) -> nn.Module:
+        """The module whose output is `features`: [N, 3, S, S] -> [N, D]. ValueError for a head that the file lacks."""
+        if features == "backbone":
+            return self.encoder.backbone
+        if not self.has_head:
+            raise ValueError(f"{self.name} holds a backbone without a projection head: --features backbone judges that")
+        return self.encoder
 
 
 def default_resize(image_size: int) -> int:
@@ -59,7 +70,7 @@ def load_encoder(run: str | Path, *, untrained: bool = False) -> LoadedEncoder:
             raise FileNotFoundError(f"no checkpoint in {folder}/checkpoints yet; train longer or pass --untrained")
         encoder.load_state_dict(state["encoder"])
         step = int(state["step"])
-    return LoadedEncoder(encoder.eval(), r.image_size, mean_std(r.views), r.views, str(run), step, r)
+    return LoadedEncoder(encoder.eval(), r.image_size, mean_std(r.views), r.views, str(run), step, r, True)
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -82,8 +93,11 @@ def _build(r: Recipe) -> Encoder:
 def _load_foreign(path: Path, untrained: bool) -> LoadedEncoder:
     if untrained:
         raise ValueError(f"--untrained needs a run folder with its recipe, {path} is a bare checkpoint")
-    encoder = interchange.read_encoder(path)
+    file = interchange.read_moco(path)
+    encoder = interchange.encoder_of(file)
     # Such a file does not say what it was trained on; a stride-1 stem is that of the reference's CIFAR-10 demo.
     small = encoder.backbone.get_submodule("conv1").stride == (1, 1)
     views = "cifar" if small else "v2"
-    return LoadedEncoder(encoder.eval(), 32 if small else 224, mean_std(views), views, str(path), 0, None)
+    return LoadedEncoder(
+        encoder.eval(), 32 if small else 224, mean_std(views), views, str(path), 0, None, file.has_head
+    )

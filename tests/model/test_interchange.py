@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor
 
 from model.encoders import Encoder, build_encoder
-from model.interchange import continue_from, load_into, read_encoder, read_moco, write_moco
+from model.interchange import continue_from, encoder_of, load_into, read_moco, write_moco
 from model.moco import MoCo
 
 QUEUE = 32
@@ -51,7 +51,7 @@ def test_reads_v1_and_v2(tmp_path: Path, mlp: bool) -> None:
     assert (file.arch, file.width, file.small_stem, file.dim, file.mlp) == ("resnet18", 1, False, 16, mlp)
     assert file.epoch == 200 and file.queue_ptr == 12 and file.has_head
     assert file.queue is not None and torch.equal(file.queue, state["module.queue"])
-    assert_is(read_encoder(tmp_path / "m.pth.tar"), released(mlp))
+    assert_is(encoder_of(read_moco(tmp_path / "m.pth.tar")), released(mlp))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_reads_other_prefixes(tmp_path: Path, prefix: str) -> None:
     torch.save({"state_dict": {f"{prefix}{name}": t for name, t in released(True).items()}}, tmp_path / "m.pth.tar")
     file = read_moco(tmp_path / "m.pth.tar")
     assert file.queue is None and not file.key_encoder and file.epoch == 0
-    assert_is(read_encoder(tmp_path / "m.pth.tar"), released(True))
+    assert_is(encoder_of(read_moco(tmp_path / "m.pth.tar")), released(True))
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder.", "module.encoder_q."])
@@ -75,7 +75,7 @@ def test_reads_a_backbone_without_head_and_without_step_counts(tmp_path: Path, p
     torch.save(state, tmp_path / "m.pth")
     file = read_moco(tmp_path / "m.pth")
     assert not file.has_head and file.arch == "resnet18"
-    encoder = read_encoder(tmp_path / "m.pth")
+    encoder = encoder_of(file)
     images = torch.randn(2, 3, 64, 64)
     net = torchvision.models.resnet18(num_classes=16)
     net.load_state_dict(released())
@@ -105,7 +105,7 @@ def test_timm_models_go_through(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     encoder = build_encoder("timm:resnet10t", dim=16)
     write_moco(tmp_path / "m.pth.tar", encoder.state_dict(), arch="timm:resnet10t", epoch=3)
-    again = read_encoder(tmp_path / "m.pth.tar")
+    again = encoder_of(read_moco(tmp_path / "m.pth.tar"))
     assert all(
         torch.equal(a, b) for a, b in zip(encoder.state_dict().values(), again.state_dict().values(), strict=True)
     )

@@ -56,7 +56,7 @@ def sources(folders: tuple[Path, Path]) -> tuple[Source, Source]:
 def encoder() -> LoadedEncoder:
     torch.manual_seed(3)
     net = build_encoder("resnet18", dim=16).eval()
-    return LoadedEncoder(net, 16, mean_std("v1"), "v1", "test", 0, None)
+    return LoadedEncoder(net, 16, mean_std("v1"), "v1", "test", 0, None, True)
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
