@@ -7,6 +7,7 @@ if __name__ == "__main__":
 """
 
 import contextlib
+import io
 import os
 import select
 import signal
@@ -28,6 +29,8 @@ def command(main: Callable[[], int | None], *, resumes: bool = False) -> NoRetur
     other exception is a mistake of this program: traceback, exit code 1. `resumes`: the same command goes on where an
     earlier one stopped, which the line then says.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         code = main() or 0
         sys.stdout.flush()  # here, where a full disk behind `> file` can still be reported

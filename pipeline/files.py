@@ -102,8 +102,12 @@ def names(place: str) -> set[str]:
 
 
 def read(place: str) -> bytes:
+    """A small file. ValueError for a folder, a pipe or a device: to read the latter may never end."""
     if not is_remote(place):
-        return local_path(place).read_bytes()
+        local = local_path(place)
+        if local.exists() and not local.is_file():
+            raise ValueError(f"{local} is no file but a folder, a pipe or a device: move it away")
+        return local.read_bytes()
     fs, path = file_system(place)
     return bytes(fs.cat_file(path))
 

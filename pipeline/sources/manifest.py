@@ -6,6 +6,7 @@ A manifest lists the shards of one source: a line of JSON each, nothing for each
 
 import functools
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline.files import is_remote, write_atomically
+from pipeline.files import is_remote, read, write_atomically
 
 FORMAT = 1
 LARGEST = 1 << 56  # bytes or samples of a shard; more is damage, and sums of it would not fit into an int64
+LONGEST_PATH, LONGEST_CHECKSUM = 4096, 100
 NAME = "manifest.json"
 
 
@@ -96,39 +98,45 @@ def save_manifest(manifest: Manifest, path: str | Path) -> None:
 
 def load_manifest(path: str | Path) -> Manifest:
     """Reads what `save_manifest` wrote. FileNotFoundError when there is none, ValueError when it is not a manifest."""
-    return parse_manifest(Path(path).read_bytes(), str(path))
+    return parse_manifest(read(str(path)), str(path))
 
 
 def parse_manifest(content: bytes, url: str) -> Manifest:
-    """The manifest in `content`, which was read from `url`."""
+    """The manifest in `content`, which was read from `url`. ValueError that names it, when it is not a manifest."""
     folder = url.rpartition("/")[0] or "."
     try:
         head = json.loads(content, object_hook=_shard_or_head)
-        made_by = head["format"]
-        shards = tuple(head["shards"]) if made_by == FORMAT else ()
-        if not all(isinstance(shard, Shard) for shard in shards):
-            raise TypeError("a shard without a path")
+        if not isinstance(head, dict) or "format" not in head:
+            raise ValueError("it has no `format`")
+        other = _short(head["format"]) if head["format"] != FORMAT else ""
+        shards = head.get("shards")
+        if not other and not (isinstance(shards, list) and all(isinstance(shard, Shard) for shard in shards)):
+            raise ValueError("`shards` is no list of shards with a path")
         root, classes = head.get("root", folder), head.get("classes", [])
         if not isinstance(root, str) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
-            raise TypeError("root and classes are texts")
-        manifest = Manifest(root, shards, tuple(classes), index_root=folder if root != folder else "")
+            raise ValueError("`root` is no text or `classes` is no list of texts")
+        if not _is_path(root):
+            raise ValueError(f"`root` is {_short(root)!r}, which no folder can have as its name")
     except RecursionError:
         raise ValueError(
             f"{url} is not a manifest (it is nested too deeply): delete it to have it built again"
         ) from None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{url} is not a manifest ({_short(error)}): delete it to have it built again") from None
-    if made_by != FORMAT:
-        raise ValueError(f"{url} has format {made_by}, this program reads {FORMAT}: update the one that is older")
-    if not shards or min(s.samples for s in shards) < 1 or manifest.samples != head.get("samples", manifest.samples):
+    if other:
+        raise ValueError(f"{url} has format {other}, this program reads {FORMAT}: update the one that is older")
+    assert shards is not None
+    manifest = Manifest(root, tuple(shards), tuple(classes), index_root=folder if root != folder else "")
+    announced = head.get("samples", manifest.samples)
+    if not shards or min(s.samples for s in shards) < 1 or manifest.samples != announced:
         raise ValueError(
-            f"{url} does not add up: {len(shards)} shards with {manifest.samples if shards else 0:,} samples, "
-            f"{head.get('samples')} announced, none may be empty; delete it to have it built again"
+            f"{url} does not add up: {len(shards)} shards with {manifest.samples:,} samples, {_short(announced)} "
+            "announced, none may be empty; delete it to have it built again"
         )
     if (outside := next((s.path for s in shards if _leads_out(s.path)), None)) is not None:
         raise ValueError(
-            f"{url} names {outside}, which is outside {root}: a manifest may only name shards inside; name others "
-            "with --data or in a YAML card"
+            f"{url} names {_short(outside)}, which is outside {root}: a manifest may only name shards inside; name "
+            "others with --data or in a YAML card"
         )
     return manifest
 
@@ -137,20 +145,34 @@ def _leads_out(path: str) -> bool:
     return path.startswith("/") or is_remote(path) or (".." in path and ".." in path.split("/"))
 
 
-def _short(error: Exception) -> str:
-    return " ".join(repr(error).split())[:200]
+def _is_path(path: str) -> bool:
+    """Whether a file could have this path: no empty one, none with a zero byte or letters that no name can have."""
+    try:
+        return 0 < len(os.fsencode(path)) <= LONGEST_PATH and "\0" not in path
+    except UnicodeEncodeError:
+        return False
+
+
+def _short(found: object) -> str:
+    """On one line of at most 200 letters."""
+    return " ".join(str(found).split())[:200]
 
 
 def _shard_or_head(entry: dict[str, Any]) -> Any:
     """Turns each line into a Shard as it is parsed: 100,000 dictionaries at once would take more room than all else."""
     if "path" not in entry:
         return entry
-    shard = Shard(entry["path"], int(entry["samples"]), int(entry["bytes"]), entry.get("checksum", ""))
-    if not isinstance(shard.path, str) or not isinstance(shard.checksum, str):
-        raise TypeError("path and checksum are texts")
-    if not max(shard.samples, shard.bytes) < LARGEST or shard.bytes < 0:
-        raise ValueError(f"{shard.samples} samples in {shard.bytes} bytes")
-    return shard
+    path, checksum = entry["path"], entry.get("checksum", "")
+    if not isinstance(path, str) or not isinstance(checksum, str) or len(checksum) > LONGEST_CHECKSUM:
+        raise ValueError("a shard whose `path` or `checksum` is no text, or too long a one")
+    if not _is_path(path) or path == "." or path.endswith("/"):
+        raise ValueError(f"a shard with the path {_short(path)!r}, which no file can have")
+    samples, size = entry.get("samples"), entry.get("bytes")
+    if type(samples) is not int or type(size) is not int:
+        raise ValueError(f"`samples` and `bytes` of {_short(path)} must be whole numbers")
+    if max(samples, size) >= LARGEST or size < 0:
+        raise ValueError(f"{samples:,} samples in {size:,} bytes in {_short(path)}")
+    return Shard(path, samples, size, checksum)
 
 
 @dataclass(frozen=True)

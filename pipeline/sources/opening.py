@@ -6,13 +6,13 @@ Where there is no manifest it is built here, once, with the indexes.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from pipeline.files import is_remote, local_path
+from pipeline.files import is_remote, local_path, read
 from pipeline.sources.cache import locked
 from pipeline.sources.card import (
     Card,
@@ -47,6 +47,7 @@ STREAM_BYTES = 1 << 30
 STREAM_SAMPLES = 2_000_000
 # A global shuffle touches every shard's index again and again, so all of them should stay in memory: 32 bytes a sample.
 GLOBAL_SHUFFLE_SAMPLES = 4_000_000
+MOST_NAMED = 50  # damaged tars in one message
 
 
 def open_source(
@@ -78,7 +79,8 @@ def open_source(
             try:
                 manifests.append(_open_manifest(entry.data, storage, workers or os.cpu_count() or 1, progress))
             except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"{data}, source {number}: {error}" if is_card(data) else str(error)) from None
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"{data}, source {number}: {error}" if is_card(data) else str(error)) from None
     finally:
         storage.close()
     weights = [float(m.samples) if e.weight is None else e.weight for m, e in zip(manifests, card.sources)]
@@ -188,6 +190,7 @@ def _compare(manifest: Manifest, folder: Path, storage: Storage, workers: int, p
         return  # each is built in the cache when its shard is read
     tars, indexes = [manifest.shard_url(i) for i in lacking], [Path(manifest.index_url(i)) for i in lacking]
     scanned = list(index_shards(tars, indexes, storage, workers=workers, progress=progress))
+    _refuse_damaged(scanned, str(folder))
     for tar, shard, found in zip(tars, (manifest.shards[i] for i in lacking), scanned):
         if (shard.samples, shard.bytes) != (found.samples, found.bytes):
             raise ValueError(
@@ -254,6 +257,7 @@ def _build(
             # Somebody's own .idx files are there and say something else (other members, other grouping).
             beside = None
             scanned = _scan(root, tars, cached, storage, workers, progress)
+        _refuse_damaged(scanned.values(), root)
         shards = tuple(Shard(name, s.samples, s.bytes, s.checksum) for name, s in scanned.items() if s.samples)
         empty = [name for name, s in scanned.items() if not s.samples]
         if not shards:
@@ -276,13 +280,12 @@ def _build(
 def _scan(
     root: str, tars: Sequence[tuple[str, int, str]], folder: Path, storage: Storage, workers: int, progress: bool
 ) -> dict[str, Scanned]:
-    """Writes the indexes into `folder`, and a journal there while it lasts."""
+    """Writes the indexes into `folder`, and a journal there while it lasts, and as long as a tar is damaged."""
     journal = folder / ".scanned.jsonl"
     done: dict[str, Scanned] = {}
     written: set[str] = set()  # tars whose index was written here
     if journal.exists():
-        lines = journal.read_text().split("\n")[:-1]  # the last may have been cut short
-        known = {tuple(tar): Scanned(*found) for tar, found in map(json.loads, lines)}
+        known = _read_journal(journal)
         done = {tar[0]: known[tar] for tar in tars if tar in known}
         written = {tar[0] for tar, found in known.items() if found.samples and not found.index_differs}
     rest = [tar for tar in tars if tar[0] not in done]
@@ -295,10 +298,36 @@ def _scan(
         found = index_shards(urls, indexes, storage, workers=workers, progress=progress)
         for tar, scanned in zip(rest, found):
             done[tar[0]] = scanned
-            f.write(json.dumps([tar, scanned]) + "\n")
-            f.flush()
-    journal.unlink()
+            if not scanned.damaged:
+                f.write(json.dumps([tar, scanned]) + "\n")
+                f.flush()
+    if not any(s.damaged for s in done.values()):
+        journal.unlink()
     return {name: done[name] for name, _, _ in tars}
+
+
+def _read_journal(journal: Path) -> dict[tuple[str, int, str], Scanned]:
+    lines = read(str(journal)).split(b"\n")[:-1]  # the last may have been cut short
+    try:
+        known = {tuple(tar): Scanned(*found) for tar, found in map(json.loads, lines)}
+        kinds = tuple(Scanned.__annotations__.values())
+        if not all(isinstance(value, kind) for found in known.values() for value, kind in zip(found, kinds)):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(
+            f"{journal} is damaged or not of this program: delete it, and the tars beside it are indexed anew"
+        ) from None
+    return known
+
+
+def _refuse_damaged(scanned: Iterable[Scanned], root: str) -> None:
+    """All at once: who repairs them one by one would wait for the indexing each time."""
+    damaged = [s.problem for s in scanned if s.damaged]
+    if len(damaged) == 1:
+        raise ValueError(damaged[0])
+    if damaged:
+        more = f"; and {len(damaged) - MOST_NAMED:,} more" if len(damaged) > MOST_NAMED else ""
+        raise ValueError(f"{len(damaged):,} tars in {root} cannot be used: {'; '.join(damaged[:MOST_NAMED])}{more}")
 
 
 def _warn(message: str) -> None:

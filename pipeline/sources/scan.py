@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
-from pipeline.files import is_remote, local_path, write_atomically
+from pipeline.files import is_remote, local_path, read, write_atomically
 from pipeline.progress import track
 from pipeline.sources.cache import locked
 from pipeline.sources.index import Component, NoImages, format_index, image_rank, index_tar, read_index
@@ -36,6 +36,7 @@ class Scanned(NamedTuple):
     problem: str = ""  # why there are no samples
     sparse: int = 0  # members with holes left out, which are not used
     index_differs: bool = False  # another .idx is there already: it was left alone, and none was written
+    damaged: bool = False  # `problem` says how; an index cannot be made
 
 
 def index_shards(
@@ -44,7 +45,8 @@ def index_shards(
     """Writes indexes[i] for tars[i], each a path or a URL, and says what they hold, in order, as it comes to know.
 
     Local tars have only their headers read, in processes; remote ones are fetched whole, in threads, and so get a
-    checksum too. ValueError or FileNotFoundError of the first tar that cannot be used.
+    checksum too. A damaged tar does not stop the others. FileNotFoundError for one that is not there, OSError from a
+    server that fails.
     """
     jobs = list(zip(tars, indexes))
     if any(is_remote(tar) for tar in tars):
@@ -63,10 +65,12 @@ def _index_local(job: tuple[str, Path]) -> Scanned:
         samples = index_tar(path, kinds)
     except NoImages as error:
         return Scanned(0, path.stat().st_size, "", problem=str(error))
+    except ValueError as error:
+        return Scanned(0, path.stat().st_size, "", problem=str(error), damaged=True)
     status = path.stat()
     # One that says something else is somebody's own, for other members or another grouping; or it is of an older tar,
     # which its date does not tell, since copying changes dates.
-    if index.exists() and index.read_bytes() != format_index(samples):
+    if index.exists() and read(str(index)) != format_index(samples):
         return Scanned(len(samples), status.st_size, "", index_differs=True)
     return _write(samples, kinds, index, status.st_size, "")
 
@@ -80,7 +84,7 @@ def _index_remote(storage: Storage, job: tuple[str, Path]) -> Scanned:
     except NoImages as error:
         return Scanned(0, len(data), "", problem=str(error).replace("the tar", tar, 1))
     except ValueError as error:
-        raise ValueError(str(error).replace("the tar", tar, 1)) from None
+        return Scanned(0, len(data), "", problem=str(error).replace("the tar", tar, 1), damaged=True)
     scanned = _write(samples, kinds, index, len(data), checksum_of(data))
     storage.learn(tar, scanned.bytes, scanned.checksum)
     return scanned

@@ -9,6 +9,7 @@
 import ctypes
 import glob
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from pipeline import files
 from pipeline.files import exists, is_remote, local_path
 from pipeline.sources import remote
 from pipeline.sources.cache import Cache, default_cache_dir
@@ -133,7 +135,7 @@ class Storage:
         flags = os.O_RDONLY | os.O_CLOEXEC
         if not is_remote(url):
             try:
-                return os.open(local_path(url), flags)
+                return _open_file(local_path(url), flags)
             except FileNotFoundError:
                 raise FileNotFoundError(
                     f"no shard {url}: put it back, or delete the manifest.json beside it to have it rebuilt without it"
@@ -196,7 +198,7 @@ class Storage:
     def read_bytes(self, url: str) -> bytes:
         """A whole small file: a manifest, an index. FileNotFoundError when it is not there."""
         if not is_remote(url):
-            return local_path(url).read_bytes()
+            return files.read(url)
         with self._lock:
             content = self._indexes.get(url)
         if content is None:
@@ -226,7 +228,7 @@ class Storage:
         if is_remote(folder):
             return remote.listing(folder, suffix)
         with os.scandir(local_path(folder)) as scan:
-            entries = [(e.name, e.stat()) for e in scan if e.name.endswith(suffix) and not e.name.startswith(".")]
+            entries = [(e.name, e.stat()) for e in scan if _is_listed(e, suffix)]
         return sorted((name, s.st_size, str(s.st_mtime_ns)) for name, s in entries)
 
     def glob(self, pattern: str) -> Sequence[str]:
@@ -271,6 +273,11 @@ def storage_for(source: Source, cache_dir: str | None = None, cache_bytes: int |
     )
 
 
+def _is_listed(entry: os.DirEntry[str], suffix: str) -> bool:
+    """A link to nothing is: that it leads nowhere must not pass unnoticed."""
+    return entry.name.endswith(suffix) and not entry.name.startswith(".") and not entry.is_dir()
+
+
 def _braces(pattern: str) -> Sequence[str]:
     try:
         return list(braceexpand.braceexpand(pattern))
@@ -282,6 +289,15 @@ def _glob_below(folder: Path, pattern: str) -> Sequence[str]:
     if exists(folder / pattern) or not glob.has_magic(pattern):
         return [str(folder / pattern)]
     return [str(folder / name) for name in sorted(glob.glob(pattern, root_dir=folder))]  # noqa: PTH207 (any folder name)
+
+
+def _open_file(path: Path, flags: int) -> int:
+    """A descriptor. ValueError for a folder, a pipe or a device: to open a pipe would wait for its writer for ever."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no file but a folder, a pipe or a device: move it away")
+    return descriptor
 
 
 def check_size(url: str, size: int, expected: int) -> None:

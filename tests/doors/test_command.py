@@ -31,6 +31,7 @@ def end(body: str, *, shell: str = "{}", **more: object) -> subprocess.Completed
     [
         ("return None", 0, ""),
         ("return 1", 1, ""),
+        ("print(os.fsdecode(b'caf\\xe9'))", 0, ""),
         ("raise ValueError('lr 0:\\n  it must be above 0')", 2, "error: lr 0:   it must be above 0\n"),
         ("open('/nowhere/x')", 2, "error: [Errno 2] No such file or directory: '/nowhere/x'\n"),
         (

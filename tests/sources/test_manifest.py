@@ -16,10 +16,10 @@ from conftest import REPOSITORY, cpu_environment
 
 from pipeline import manifest
 from pipeline.sources.index import Component, format_index, index_tar, read_index, sample_key
-from pipeline.sources.manifest import Manifest, Shard, load_manifest, save_manifest
+from pipeline.sources.manifest import Manifest, Shard, Source, load_manifest, save_manifest
 from pipeline.sources.opening import open_source
 from pipeline.sources.scan import read_index_text
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import Storage, storage_for
 
 CARDS = sorted((REPOSITORY / "shards").glob("*.yaml"))
 
@@ -29,6 +29,17 @@ def folder(shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A copy of the shards that may be spoilt."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return Path(shutil.copytree(shards_dir, tmp_path / "copy"))
+
+
+def everything(source: Source) -> int:
+    """Reads each shard and index; returns the images' bytes."""
+    storage, total = storage_for(source), 0
+    for part in source.manifests:
+        for i, shard in enumerate(part.shards):
+            index = read_index(read_index_text(part, i, storage), samples=shard.samples, size=shard.bytes)
+            for offset, size in zip(index.offsets.tolist(), index.sizes.tolist()):
+                total += len(storage.read(part.shard_url(i), offset, size, bytes=shard.bytes))
+    return total
 
 
 def describe(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -95,6 +106,19 @@ def test_manifests_that_are_wrong(folder: Path, spoil: object, message: str) -> 
         lambda head: head["shards"][0].update(samples=float("inf")),
         lambda head: head["shards"][0].update(bytes=-1),
         lambda head: head["shards"][0].update(path=["a.tar"]),
+        lambda head: head["shards"][0].update(path=""),
+        lambda head: head["shards"][0].update(path="."),
+        lambda head: head["shards"][0].update(path="shard-000000.tar/"),
+        lambda head: head["shards"][0].update(path="a\0b.tar"),
+        lambda head: head["shards"][0].update(path="\ud800.tar"),
+        lambda head: head["shards"][0].update(path="x" * 5000),
+        lambda head: head["shards"][0].update(samples="15"),
+        lambda head: head["shards"][0].update(samples=15.5),
+        lambda head: head["shards"][0].update(samples=True),
+        lambda head: head["shards"][0].update(checksum="x" * 1000),
+        lambda head: head.update(shards={}),
+        lambda head: head.update(root="\ud800"),
+        lambda head: head.update(root="/a\0"),
         lambda head: head["shards"][0].update(checksum=5),
         lambda head: head.update(root=5),
         lambda head: head.update(classes=5),
@@ -112,6 +136,51 @@ def test_a_strange_manifest_is_one_line_that_names_it(
     with pytest.raises(ValueError, match=r"copy/manifest.json is not a manifest \(.*delete it") as caught:
         open_source(str(folder))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["manifest.json", "shard-000002.idx", "shard-000002.tar"])
+def test_what_is_no_file_is_not_read(folder: Path, name: str, make: Callable[[Path], object]) -> None:
+    """A pipe would be waited for without end, a device fill the memory."""
+    (folder / name).unlink()
+    make(folder / name)
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=rf"copy/{name} is no file but a folder, a pipe or a device"):
+        everything(open_source(str(folder)))
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("text", ["junk", "[]", "null", "[[1, 2, 3], [4]]", "[" * 100_000, '[["a", {}, "b"], [1]]'])
+def test_a_strange_journal_of_a_scan(folder: Path, text: str) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / ".scanned.jsonl").write_text(f"{text}\n")
+    with pytest.raises(ValueError, match=r"copy/\.scanned\.jsonl is damaged or not of this program: delete it"):
+        open_source(str(folder))
+    assert (folder / ".scanned.jsonl").read_text() == f"{text}\n"
+    (folder / ".scanned.jsonl").write_bytes(b"cut sh\xff")  # its writer was killed
+    assert open_source(str(folder)).samples == 60
+
+
+@pytest.mark.parametrize("manifest_there", [True, False])
+def test_damaged_tars_are_named_all_at_once(folder: Path, manifest_there: bool) -> None:
+    """One an attempt would cost a whole indexing each. The others are indexed, and not again after the repair."""
+    if not manifest_there:
+        (folder / "manifest.json").unlink()
+    for index in folder.glob("*.idx"):
+        index.unlink()
+    tars = sorted(folder.glob("*.tar"))
+    whole = [tar.read_bytes() for tar in tars]
+    tars[0].write_bytes(whole[0][:5000])
+    tars[2].write_bytes(b"junk" * 1000)
+    with pytest.raises(ValueError, match=r"2 tars in .* cannot be used: .*00000.tar is cut.*00002.tar is not a tar"):
+        open_source(str(folder))
+    assert sorted(p.name for p in folder.glob("*.idx")) == ["shard-000001.idx", "shard-000003.idx"]
+    begun = (folder / "shard-000001.idx").stat().st_mtime_ns
+    for tar, content in zip(tars, whole):
+        tar.write_bytes(content) if tar.read_bytes() != content else None
+    assert open_source(str(folder)).samples == 60
+    assert (folder / "shard-000001.idx").stat().st_mtime_ns == begun
+    assert not (folder / ".scanned.jsonl").exists()
 
 
 @pytest.mark.parametrize(
