@@ -246,10 +246,19 @@ def load(path: str | Path) -> Recipe:
     """Reads a YAML of fields, such as RUN/recipe.yaml. Raises FileNotFoundError, and ValueError that names the file
     and what in it is no recipe.
     """
-    path = Path(path)
-    content = path.read_bytes()
+    content = Path(path).read_bytes()
     try:
-        values = yaml.safe_load(content.decode()) or {}
+        values = yaml.safe_load(content.decode())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a recipe: {_reason(error)}") from error
+    return from_dict({} if values is None else values, path)
+
+
+def from_dict(values: object, where: str | Path) -> Recipe:
+    """The recipe of plain values, as `to_dict` makes them. Raises ValueError that names `where` they are from, and
+    what in them is no recipe.
+    """
+    try:
         if not isinstance(values, dict):
             raise TypeError(f"it holds a {type(values).__name__}, not `field: value` lines")
         unknown = sorted(str(key) for key in set(values) - {f.name for f in dataclasses.fields(Recipe)})
@@ -258,9 +267,12 @@ def load(path: str | Path) -> Recipe:
         quiet = parser()
         quiet.exit_on_error = False
         return _freeze(quiet.parse_object(values).as_dict())
-    except (ArgumentError, yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not a recipe: {reason[:300]}") from error
+    except (ArgumentError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where} is not a recipe: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def save(recipe: Recipe, path: str | Path) -> None:

@@ -5,13 +5,16 @@ head as `fc.weight`, `fc.bias` (v1) or `fc.0.*`, `fc.2.*` (v2), `module.queue` [
 Ours: `Encoder`'s `backbone.*` and `head.*`.
 """
 
+import argparse
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -19,11 +22,18 @@ from model.encoders import RESNETS, Encoder, build_encoder
 from model.moco import MoCo
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning, in any order
+# The CIFAR-10 demo takes torchvision's ResNet apart into `net`, a sequence without max-pooling.
+DEMO = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4", "9": "fc"}
+HEADS = ({"weight", "bias"}, {"0.weight", "0.bias", "2.weight", "2.bias"})  # below `head.`, of v1 and v2
+VIT = ("cls_token", "class_token", "patch_embed", "patch_embeddings", "pos_embed", "conv_proj")
+RUN = {"encoder", "moco", "loader"}  # keys of a checkpoint of train.py
+USE_ITS_OWN_CODE = "foreign files are read as ResNets alone, so judge it with the code that wrote it"
 
 
 class MoCoFile(NamedTuple):
     """What such a file holds. The states have our names; `key_encoder` and `queue` are empty and None when stripped."""
 
+    path: str
     arch: str
     width: int
     small_stem: bool
@@ -32,8 +42,9 @@ class MoCoFile(NamedTuple):
     epoch: int  # epochs trained, 0 when the file does not say
     encoder: dict[str, Tensor]
     key_encoder: dict[str, Tensor]
-    queue: Tensor | None
+    queue: Tensor | None  # [dim, K]
     queue_ptr: int
+    names: dict[str, str]  # our name of a tensor in `encoder` -> its name in the file
 
     @property
     def has_head(self) -> bool:
@@ -41,39 +52,87 @@ class MoCoFile(NamedTuple):
 
 
 def read_moco(path: str | Path) -> MoCoFile:
-    """Reads a released MoCo v1 or v2 file, one of the reference code's, one of `write_moco`, or a bare ResNet's state.
-
-    ValueError when it is none of these, or when reading it would mean running code from it.
+    """Reads a released MoCo v1 or v2 file, one of the reference code's or of its CIFAR-10 demo, one of `write_moco`, or
+    a bare ResNet's state. Errors are those of `load_plain` and `parse_moco`.
     """
-    content = _load_plain(Path(path))
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+    return parse_moco(load_plain(path), path)
+
+
+def load_plain(path: str | Path) -> Any:
+    """The content of a file of torch.save or safetensors: tensors and plain values; no code of it is run.
+
+    FileNotFoundError, and ValueError when it is neither, is damaged, or holds more than that.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with path.open("rb") as file:
+        beginning = file.read(9)
+    try:
+        if beginning[8:] == b"{" and beginning[:1] != b"\x80":  # a length and a JSON object
+            return safetensors.torch.load_file(path)
+        if beginning[:2] == b"PK":
+            with zipfile.ZipFile(path) as records:
+                if (broken := records.testzip()) is not None:
+                    raise ValueError(f"{path} is damaged: the checksum of {broken} differs")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values too, and common in such files
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ValueError:
+        raise
+    except Exception as error:  # bytes that are no checkpoint can end in any error of the unpickler
+        # torch's own words advise to load the file unsafely: they are not handed on.
+        found = re.search(r"(?:GLOBAL|global|class) ['`\"]?([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found is not None:
+            raise ValueError(
+                f"{path} is refused: it holds more than tensors and plain values ({found.group(1)}), so it is no file "
+                "of this program, and nothing of it was run; ask for a file that holds its state_dict alone"
+            ) from None
+        raise ValueError(
+            f"{path} is no file of torch.save or safetensors, or is damaged ({type(error).__name__})"
+        ) from None
+
+
+def parse_moco(content: Any, path: str | Path) -> MoCoFile:
+    """`content`, which `load_plain` read from `path`, in our names. ValueError that says what else the file is."""
+    content = content if isinstance(content, Mapping) else {}
+    tensors = content.get("state_dict", content)
+    tensors = tensors if isinstance(tensors, Mapping) else {}
+    tensors = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if other := _what_else(content, tensors):
+        raise ValueError(f"{path} {other}")
+    if not tensors:
         raise ValueError(f"{path} holds no state dict of tensors")
-    state = {_unwrap(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
-    query = _below(state, "encoder_q.") or _below(state, "encoder.")
-    if query:
-        encoder, key_encoder = _to_ours(query), _to_ours(_below(state, "encoder_k."))
-    else:  # a bare backbone: what fc it has is a classifier of something else
-        bare = _below(state, "backbone.") or state
-        encoder = {name: t for name, t in _to_ours(bare).items() if not name.startswith("head.")}
-        key_encoder = {}
+    names = _our_names(tensors, "encoder_q.") or _our_names(tensors, "encoder.")
+    key_names = _our_names(tensors, "encoder_k.") if names else {}
+    if not names:  # a bare backbone: what fc it has is a classifier of something else
+        bare = _our_names(tensors, "backbone.") or _our_names(tensors, "")
+        names = {ours: name for ours, name in bare.items() if not ours.startswith("head.")}
+    elif {ours.removeprefix("head.") for ours in names if ours.startswith("head.")} not in HEADS:  # another method's
+        names = {ours: name for ours, name in names.items() if not ours.startswith("head.")}
+    encoder = {ours: tensors[name] for ours, name in names.items()}
     arch = str(content.get("arch", ""))
     width, small_stem = 1, False
     if not arch.startswith("timm:"):
-        arch, width, small_stem = _recognise(encoder, path)
+        arch, width, small_stem = _recognise(encoder, path, list(tensors))
     last = encoder.get("head.2.weight", encoder.get("head.weight"))
-    pointer = state.get("queue_ptr")
+    epoch = content.get("epoch", 0)
+    rest = {_unwrap(name): tensor for name, tensor in tensors.items() if "queue" in name}
+    queue, pointer = rest.get("queue"), rest.get("queue_ptr", torch.zeros(1))
+    if queue is not None and (queue.ndim != 2 or pointer.numel() != 1 or not 0 <= int(pointer) < queue.shape[1]):
+        raise ValueError(f"the queue of {path} is {list(queue.shape)} with pointer {pointer.tolist()}, not [dim, K]")
     return MoCoFile(
+        path=str(path),
         arch=arch,
         width=width,
         small_stem=small_stem,
         dim=128 if last is None else int(last.shape[0]),
         mlp="head.2.weight" in encoder,
-        epoch=int(content.get("epoch", 0)),
+        epoch=epoch if isinstance(epoch, int) else 0,
         encoder=encoder,
-        key_encoder=key_encoder,
-        queue=state.get("queue"),
-        queue_ptr=0 if pointer is None else int(pointer.flatten()[0]),
+        key_encoder={ours: tensors[name] for ours, name in key_names.items()},
+        queue=queue,
+        queue_ptr=0 if queue is None else int(pointer),
+        names=names,
     )
 
 
@@ -81,32 +140,39 @@ def encoder_of(file: MoCoFile) -> Encoder:
     """The file's query encoder. Without `has_head` its head is as it was initialised: nothing may be computed from
     it."""
     encoder = build_encoder(file.arch, width=file.width, small_stem=file.small_stem, dim=file.dim, mlp=file.mlp)
-    load_into(encoder, file.encoder)
+    load_query(encoder, file)
     return encoder
 
 
-def load_into(encoder: Encoder, state: Mapping[str, Tensor]) -> None:
+def load_query(encoder: Encoder, file: MoCoFile) -> None:
+    """The file's query encoder into `encoder`; ValueError that names the tensors that do not fit as the file does."""
+    load_into(encoder, file.encoder, where=file.path, spelled=lambda name: file.names.get(name) or _theirs(name))
+
+
+def load_into(
+    encoder: Encoder, state: Mapping[str, Tensor], *, where: str = "the state", spelled: Callable[[str], str] = str
+) -> None:
     """Loads and reports: a head may be missing as a whole, and BN's step counts of old files; nothing else may.
 
-    ValueError naming keys that are missing, unknown, or of another shape.
+    ValueError naming keys that are missing, unknown, or of another shape, as `spelled` says of our names.
     """
     own = encoder.state_dict()
     has_head = any(name.startswith("head.") for name in state)
     missing = [
-        name
+        spelled(name)
         for name in own
         if name not in state and not name.endswith("num_batches_tracked") and (has_head or not name.startswith("head."))
     ]
-    unknown = [name for name in state if name not in own]
+    unknown = [spelled(name) for name in state if name not in own]
     other = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        f"{spelled(name)} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", other)):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise ValueError(f"the file does not fit the encoder; {what}: {', '.join(names[:4])}{more}")
+            raise ValueError(f"{where} does not fit the encoder; {what}: {', '.join(names[:4])}{more}")
     encoder.load_state_dict(dict(state), strict=False)
 
 
@@ -116,12 +182,13 @@ def continue_from(file: MoCoFile, encoder: Encoder, moco: MoCo) -> None:
     Without a key encoder in the file (the released ones are stripped) it starts as a copy of the query encoder, as at
     the start of any run. ValueError when shapes differ, with both.
     """
-    load_into(encoder, file.encoder)
-    load_into(moco.encoder_k, file.key_encoder or encoder.state_dict())
+    load_query(encoder, file)
+    load_into(moco.encoder_k, file.key_encoder or encoder.state_dict(), where=f"the key encoder of {file.path}")
     if file.queue is None:
         return
     if file.queue.shape != moco.queue.shape:
-        raise ValueError(f"the file's queue is {tuple(file.queue.shape)}, the run's is {tuple(moco.queue.shape)}")
+        theirs, ours = tuple(file.queue.shape), tuple(moco.queue.shape)
+        raise ValueError(f"the queue of {file.path} is {theirs}, the run's (dim, queue_size) is {ours}")
     with torch.no_grad():
         moco.queue.copy_(file.queue)
         moco.queue_ptr.fill_(file.queue_ptr)
@@ -143,10 +210,10 @@ def write_moco(
     encoder: state of the `Encoder`; moco: state of the `MoCo`, for files that training can continue from. A plain
     ResNet by torchvision's name loads into the reference's main_lincls with fc.weight and fc.bias missing, as it wants.
     """
-    state = {f"module.encoder_q.{name}": t for name, t in _to_theirs(encoder).items()}
+    state = {f"module.encoder_q.{_theirs(name)}": t for name, t in encoder.items()}
     if moco is not None:
         key_encoder = {name.removeprefix("encoder_k."): t for name, t in moco.items() if name.startswith("encoder_k.")}
-        state |= {f"module.encoder_k.{name}": t for name, t in _to_theirs(key_encoder).items()}
+        state |= {f"module.encoder_k.{_theirs(name)}": t for name, t in key_encoder.items()}
         state["module.queue"] = moco["queue"]
         state["module.queue_ptr"] = moco["queue_ptr"].reshape(1)
     content = {"epoch": epoch, "arch": arch, "state_dict": {name: t.detach().cpu() for name, t in state.items()}}
@@ -159,20 +226,51 @@ def write_moco(
         beside.unlink(missing_ok=True)
 
 
-def _load_plain(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|class) ['`\"]?([\w.]+)", str(error))
-        what = found.group(1) if found else str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain values ({what}), and reading that means running "
-            "code from the file; save its state_dict alone, on a machine that trusts it, and read that"
-        ) from error
-    except Exception as error:  # bytes that are no checkpoint can end in any error of the unpickler
-        raise ValueError(f"{path} is no file of torch.save ({type(error).__name__}: {str(error)[:80]})") from error
+def _what_else(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """For people: which kind of file of another program this is, and what to do with it. "" for none that is known."""
+    if content.keys() >= RUN:
+        return (
+            "is a checkpoint of a run of this program: `python -m transfer.export --format moco --run` turns it into a "
+            "MoCo file"
+        )
+    if content.keys() >= {"heads", "settings"}:
+        return "is a classifier of transfer.linear: give the run that it was trained on"
+    if content.keys() >= {"student", "teacher"}:
+        kind = "is a full DINO checkpoint (student and teacher)"
+        if _is_vit(content["teacher"]):
+            return f"{kind} of a vision transformer: {USE_ITS_OWN_CODE}"
+        return f"{kind}: save what it holds as 'teacher' alone, with torch.save, and give that file"
+    names = {_unwrap(name): name for name in tensors}
+    v3 = next((names[name] for name in names if name.startswith("base_encoder.")), "")
+    if v3:
+        kind = "is a MoCo v3 file (base_encoder and momentum_encoder, no queue)"
+        if _is_vit(tensors):
+            return f"{kind} of a vision transformer: {USE_ITS_OWN_CODE}"
+        prefix = v3[: v3.index("base_encoder.") + len("base_encoder.")]
+        return (
+            f"{kind}, and MoCo v1 and v2 are read here: save the tensors whose names begin with {prefix} under the "
+            "rest of these names, with torch.save, and give that file"
+        )
+    if _is_vit(tensors) and not str(content.get("arch", "")).startswith("timm:"):
+        return (
+            f"is no MoCo v1 or v2 file but a vision transformer: {USE_ITS_OWN_CODE}; one that was trained here "
+            "(--arch timm:vit_...) is judged from its run folder"
+        )
+    return ""
+
+
+def _is_vit(state: object) -> bool:
+    return isinstance(state, Mapping) and any(part in str(name).split(".") for name in state for part in VIT)
+
+
+def _our_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
+    """Our name -> name in the file, of the tensors below `prefix`."""
+    below = {_unwrap(name): name for name in tensors}
+    below = {name.removeprefix(prefix): full for name, full in below.items() if name.startswith(prefix)}
+    if below and all(name.startswith("net.") for name in below):
+        parts = {name: name.split(".", 2) for name in below}
+        below = {".".join((DEMO.get(p[1], p[1]), *p[2:])): below[name] for name, p in parts.items()}
+    return {_ours(name): full for name, full in below.items()}
 
 
 def _unwrap(name: str) -> str:
@@ -181,35 +279,28 @@ def _unwrap(name: str) -> str:
     return name
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+def _ours(name: str) -> str:
+    return f"head.{name.removeprefix('fc.')}" if name.startswith("fc.") else f"backbone.{name}"
 
 
-def _to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"head.{name.removeprefix('fc.')}" if name.startswith("fc.") else f"backbone.{name}": t
-        for name, t in state.items()
-    }
+def _theirs(name: str) -> str:
+    return re.sub(r"^head\.", "fc.", name).removeprefix("backbone.")
 
 
-def _to_theirs(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {re.sub(r"^head\.", "fc.", name).removeprefix("backbone."): t for name, t in state.items()}
-
-
-def _recognise(encoder: Mapping[str, Tensor], path: str | Path) -> tuple[str, int, bool]:
-    """(arch, width, small_stem) of a ResNet from the names and shapes of its state."""
+def _recognise(encoder: Mapping[str, Tensor], path: str | Path, names: list[str]) -> tuple[str, int, bool]:
+    """(arch, width, small_stem) of a ResNet from our names and the shapes of its state."""
     first = encoder.get("backbone.conv1.weight")
-    if first is None or "backbone.layer1.0.conv2.weight" not in encoder:
+    second = encoder.get("backbone.layer1.0.conv2.weight")  # [out, in / groups, 3, 3]; out is in
+    if first is None or second is None or first.ndim != 4 or second.ndim != 4 or not second.shape[1]:
         raise ValueError(
-            f"{path} is no MoCo v1 or v2 file: no ResNet under encoder_q, backbone or at the top; "
-            f"it has {', '.join(list(encoder)[:3])} ..."
+            f"{path} is no MoCo v1 or v2 file: it has no ResNet's conv1.weight and layer1.0.conv2.weight below "
+            f"encoder_q, encoder or backbone, nor at the top; it has {', '.join(names[:3])} ..."
         )
     layers = [
         len({name.split(".")[2] for name in encoder if name.startswith(f"backbone.layer{stage}.")})
         for stage in (1, 2, 3, 4)
     ]
     width = first.shape[0] // 64
-    second = encoder["backbone.layer1.0.conv2.weight"]  # [out, in / groups, 3, 3]; out is in
     deep = "backbone.layer1.0.conv3.weight" in encoder
     groups = second.shape[0] // second.shape[1]
     for arch, (block, blocks, own_groups, per_group) in RESNETS.items():

@@ -151,7 +151,7 @@ def begin_from(path: str, net: Encoder, dictionary: MoCo | EndToEnd | MemoryBank
     if isinstance(dictionary, MoCo):
         interchange.continue_from(file, net, dictionary)
     else:
-        interchange.load_into(net, file.encoder)
+        interchange.load_query(net, file)
 
 
 def introduce(

@@ -1,9 +1,9 @@
-"""An encoder from whatever a user has: a run folder, one of its checkpoints, or a MoCo checkpoint of the reference
-code (`.pth.tar`)."""
+"""An encoder from whatever a user has: a run folder, one of its checkpoints, or a MoCo file of the reference code or of
+its CIFAR-10 demo."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -13,7 +13,8 @@ import checkpoint
 import recipe as recipes
 from model import interchange
 from model.encoders import Encoder, build_encoder
-from pipeline.pixels.views import MeanStd, mean_std
+from model.interchange import MoCoFile
+from pipeline.pixels.views import RECIPES, MeanStd, mean_std
 from recipe import Recipe
 
 
@@ -46,31 +47,30 @@ def default_resize(image_size: int) -> int:
 
 
 def load_encoder(run: str | Path, *, untrained: bool = False) -> LoadedEncoder:
-    """Reads the query encoder of `run`: a run folder (its newest good checkpoint), a file in RUN/checkpoints, or a
-    MoCo `.pth.tar`.
+    """Reads the query encoder of `run`: a run folder (its newest good checkpoint), one checkpoint of a run wherever it
+    lies, or a MoCo `.pth.tar`. What a file is, its content says.
 
     untrained: the same architecture as it was initialised, the baseline that training has to beat; a run folder needs
     no checkpoint then.
     Raises FileNotFoundError when there is no such run or no checkpoint in it, ValueError when it cannot be read.
     """
     path = Path(run)
-    if path.is_file() and path.parent.name != "checkpoints":
-        return _load_foreign(path, untrained)
-    folder = path.parent.parent if path.is_file() else path
-    if not (folder / "recipe.yaml").is_file():
+    if path.is_file():
+        content = interchange.load_plain(path)
+        if not (isinstance(content, dict) and content.keys() >= {"encoder", "step"}):
+            return _of_moco_file(interchange.parse_moco(content, path), untrained)
+        return _of_run(_recipe_of(path, content), str(run), None if untrained else content, path)
+    if not (path / "recipe.yaml").is_file():
         raise FileNotFoundError(
-            f"no recipe.yaml in {folder}: give the folder that train.py wrote (--out), or a MoCo .pth.tar"
+            f"no recipe.yaml in {path}: give the folder that train.py wrote (--out), a checkpoint in it, or a MoCo "
+            ".pth.tar"
         )
-    r = recipes.load(folder / "recipe.yaml")
-    encoder = _build(r)
-    step = 0
+    state = None
     if not untrained:
-        state = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(folder)
+        state = checkpoint.load_newest(path)
         if state is None:
-            raise FileNotFoundError(f"no checkpoint in {folder}/checkpoints yet; train longer or pass --untrained")
-        encoder.load_state_dict(state["encoder"])
-        step = int(state["step"])
-    return LoadedEncoder(encoder.eval(), r.image_size, mean_std(r.views), r.views, str(run), step, r, True)
+            raise FileNotFoundError(f"no checkpoint in {path}/checkpoints yet; train longer or pass --untrained")
+    return _of_run(recipes.load(path / "recipe.yaml"), str(run), state, path)
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -82,6 +82,35 @@ def weights_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _recipe_of(path: Path, state: dict[str, Any]) -> Recipe:
+    """The recipe that a checkpoint holds; that of its run folder for one without."""
+    if "recipe" in state:
+        return recipes.from_dict(state["recipe"], path)
+    try:
+        return recipes.load(path.parent.parent / "recipe.yaml")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is a checkpoint that holds no recipe: put it back into RUN/checkpoints, beside RUN/recipe.yaml"
+        ) from None
+
+
+def _of_run(r: Recipe, name: str, state: dict[str, Any] | None, path: Path) -> LoadedEncoder:
+    """The encoder of recipe `r` with the weights of a checkpoint's `state`; None: as it was initialised. ValueError
+    that names `path` when the recipe makes no encoder, or another one than the checkpoint's.
+    """
+    try:
+        if r.views not in RECIPES or r.image_size < 1:
+            raise ValueError(f"views {r.views!r} at image_size {r.image_size} are none that a run can have")
+        encoder = _build(r)
+        if state is not None:
+            encoder.load_state_dict(state["encoder"])
+        step = 0 if state is None else int(state["step"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} and its recipe (arch {r.arch}, dim {r.dim}) do not fit: {reason[:200]}") from None
+    return LoadedEncoder(encoder.eval(), r.image_size, mean_std(r.views), r.views, name, step, r, True)
+
+
 def _build(r: Recipe) -> Encoder:
     """The architecture alone: split BN is plain BN in eval mode and has the same parameters and buffers."""
     # The run's own start: train.py seeds torch with the recipe's seed right before it builds the encoder.
@@ -90,14 +119,11 @@ def _build(r: Recipe) -> Encoder:
         return build_encoder(r.arch, width=r.width, small_stem=r.small_stem, dim=r.dim, mlp=r.mlp)
 
 
-def _load_foreign(path: Path, untrained: bool) -> LoadedEncoder:
+def _of_moco_file(file: MoCoFile, untrained: bool) -> LoadedEncoder:
     if untrained:
-        raise ValueError(f"--untrained needs a run folder with its recipe, {path} is a bare checkpoint")
-    file = interchange.read_moco(path)
+        raise ValueError(f"--untrained needs a run folder with its recipe, {file.path} is a bare checkpoint")
     encoder = interchange.encoder_of(file)
     # Such a file does not say what it was trained on; a stride-1 stem is that of the reference's CIFAR-10 demo.
-    small = encoder.backbone.get_submodule("conv1").stride == (1, 1)
-    views = "cifar" if small else "v2"
-    return LoadedEncoder(
-        encoder.eval(), 32 if small else 224, mean_std(views), views, str(path), 0, None, file.has_head
-    )
+    views = "cifar" if file.small_stem else "v2"
+    size = 32 if file.small_stem else 224
+    return LoadedEncoder(encoder.eval(), size, mean_std(views), views, file.path, 0, None, file.has_head)
