@@ -29,7 +29,7 @@ from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.labelled import eval_batches
 from pipeline.pixels.views import MeanStd
 from pipeline.progress import Progress
-from pipeline.sources.manifest import Source
+from pipeline.sources.manifest import Source, shared_samples
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
 from transfer.load import default_resize, load_encoder
@@ -181,6 +181,16 @@ def check_classes(train: Source, val: Source) -> None:
         )
 
 
+def warn_of_overlap(train: Source, val: Source) -> None:
+    """Says it when images are judged that kNN also looks among, or a classifier learns from: the figure is too high."""
+    if shared := shared_samples(train, val):
+        print(
+            f"warning: {shared:,} of the {val.samples:,} images that are judged are in the train source too, where kNN "
+            "finds each of them itself: the accuracy is too high; judge with a source of other images",
+            file=sys.stderr,
+        )
+
+
 def evaluate(
     embed: Callable[[Tensor], Tensor],
     train: Source,
@@ -306,10 +316,13 @@ def main() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 return module(images)
 
+        train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
+        if rank == 0:
+            warn_of_overlap(train, val)
         result = evaluate(
             embed,
-            open_source(args.train, **cache_arguments(args)),
-            open_source(args.val, **cache_arguments(args)),
+            train,
+            val,
             image_size=args.image_size or loaded.image_size,
             mean_std=loaded.mean_std,
             resize=args.resize,

@@ -37,7 +37,7 @@ from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.joining import Ranks, joined
-from transfer.knn import check_classes
+from transfer.knn import check_classes, warn_of_overlap
 from transfer.load import LoadedEncoder, default_resize, load_encoder, weights_hash
 
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
@@ -264,6 +264,8 @@ def main() -> None:
     names = ("epochs", "batch_size", "momentum", "weight_decay", "image_size", "precision", "seed", "num_threads")
     settings = {name: args[name] for name in names}
     with joined() as ranks:
+        if ranks.rank == 0:
+            warn_of_overlap(train, val)
         rows = linear(loaded, train, val, out, lrs=lrs, **settings, ranks=ranks, progress=True)
     if ranks.rank == 0:
         best = max(rows, key=lambda row: row["top1"])

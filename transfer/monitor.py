@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.pixels.views import mean_std
 from pipeline.sources.manifest import Source
 from recipe import Recipe
-from transfer.knn import evaluate
+from transfer.knn import evaluate, warn_of_overlap
 
 
 def build_monitor(
@@ -28,6 +28,8 @@ def build_monitor(
         raise ValueError(f"{r.knn_train or r.data} has no classes to vote with; give a labelled source as --knn_train")
     if not val.classes:
         raise ValueError(f"knn_data {r.knn_data} has no classes; give shards that were made from class folders")
+    if rank == 0:
+        warn_of_overlap(bank, val)
 
     def accuracy(net: nn.Module, device: torch.device, autocast: AbstractContextManager[Any]) -> float:
         # A copy with rank 0's batch-norm statistics, which are the ones in the checkpoint: each rank has its own, and

@@ -7,6 +7,7 @@ A manifest lists the shards of one source: a line of JSON each, nothing for each
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline.files import is_remote, read, write_atomically
+from pipeline.files import is_remote, local_path, read, write_atomically
 
 FORMAT = 1
 LARGEST = 1 << 56  # bytes or samples of a shard; more is damage, and sums of it would not fit into an int64
@@ -173,6 +174,19 @@ def _shard_or_head(entry: dict[str, Any]) -> Any:
     if max(samples, size) >= LARGEST or size < 0:
         raise ValueError(f"{samples:,} samples in {size:,} bytes in {_short(path)}")
     return Shard(path, samples, size, checksum)
+
+
+def shared_samples(one: "Source", other: "Source") -> int:
+    """How many samples of `other` are in shards that `one` has too: of the same checksum, or at the same place."""
+
+    def marks(source: Source) -> Iterator[tuple[str, int]]:
+        for manifest in source.manifests:
+            for i, shard in enumerate(manifest.shards):
+                url = manifest.shard_url(i)
+                yield shard.checksum or (url if is_remote(url) else os.path.realpath(local_path(url))), shard.samples
+
+    known = {mark for mark, _ in marks(one)}
+    return sum(samples for mark, samples in marks(other) if mark in known)
 
 
 @dataclass(frozen=True)

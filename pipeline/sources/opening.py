@@ -5,7 +5,9 @@ Where there is no manifest it is built here, once, with the indexes.
 
 import json
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from pipeline.sources.card import (
     Entry,
     is_card,
     is_compressed,
+    is_folder,
     is_pattern,
     is_tar,
     read_card,
@@ -48,6 +51,11 @@ STREAM_SAMPLES = 2_000_000
 # A global shuffle touches every shard's index again and again, so all of them should stay in memory: 32 bytes a sample.
 GLOBAL_SHUFFLE_SAMPLES = 4_000_000
 MOST_NAMED = 50  # damaged tars in one message
+SPLIT = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?:[-_.]|(?=\d))", re.IGNORECASE)
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test",
+}  # fmt: skip
 
 
 def open_source(
@@ -77,7 +85,9 @@ def open_source(
     try:
         for number, entry in enumerate(card.sources, 1):
             try:
-                manifests.append(_open_manifest(entry.data, storage, workers or os.cpu_count() or 1, progress))
+                manifest = _open_manifest(entry.data, storage, workers or os.cpu_count() or 1, progress)
+                _warn_of_splits(entry.data, manifest)
+                manifests.append(manifest)
             except (ValueError, FileNotFoundError) as error:
                 kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
                 raise kind(f"{data}, source {number}: {error}" if is_card(data) else str(error)) from None
@@ -93,6 +103,18 @@ def open_source(
     source = Source(tuple(manifests), tuple(w / sum(weights) for w in weights), names, lanes, chunk_shards, cache)
     _check_cache(source)
     return source
+
+
+def _warn_of_splits(data: str, manifest: Manifest) -> None:
+    """timm's folders hold imagenet-train-0000.tar and imagenet-validation-00.tar side by side."""
+    if not is_folder(data) and SPLIT.search(data.rpartition("/")[2]):
+        return  # a pattern that says which
+    found = [SPLIT.search(shard.path.rpartition("/")[2]) for shard in manifest.shards]
+    counts = Counter(match[0] for match in found if match)
+    if len({SPLIT_NAMES[match[1].lower()] for match in found if match}) > 1:
+        told = ", ".join(f"{count:,} of '{part}'" for part, count in counts.most_common(4))
+        one = f"{manifest.root}/*{counts.most_common(1)[0][0]}*.tar"
+        _warn(f"{data} holds several splits ({told}) and all of them are used: name one of them, such as '{one}'")
 
 
 def _default_order(manifests: Sequence[Manifest]) -> tuple[int, int | None]:

@@ -175,6 +175,31 @@ def test_compressed_is_refused_with_the_remedy(tmp_path: Path, cache: Path, name
             open_source(str(data))
 
 
+def test_splits_side_by_side_are_told(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """timm's layout. Each time, not only when the manifest is built; and the remedy that is named works."""
+    (tmp_path / "_info.json").write_text("{}")
+    for i, name in enumerate(["train-0000", "train-0001", "validation-00"]):
+        write_tar(tmp_path / f"imagenet-{name}.tar", [(f"{i}.jpg", picture(i)), (f"{i}.cls", b"1")])
+    for _ in range(2):
+        assert open_source(str(tmp_path)).samples == 3
+        said = capsys.readouterr().err
+        assert said.count("warning") == 1 and "holds several splits (2 of '-train-', 1 of '-validation-')" in said
+        remedy = said.partition("such as '")[2].partition("'")[0]
+        assert open_source(remedy).samples == 2
+        assert open_source(f"{tmp_path}/*-validation-*.tar").samples == 1
+        assert "splits" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [["train-0", "train-1"], ["a-train-0", "a-training_1"], ["restraint-0", "testing-0"]])
+def test_one_split_is_not_told(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], names: list[str]
+) -> None:
+    for i, name in enumerate(names):
+        write_tar(tmp_path / f"{name}.tar", [(f"{i}.jpg", picture(i))])
+    assert open_source(str(tmp_path)).samples == 2
+    assert "splits" not in capsys.readouterr().err
+
+
 def test_damaged_tars_are_refused(tmp_path: Path, cache: Path) -> None:
     whole = write_tar(tmp_path / "shard.tar", [(f"{i}.jpg", picture(i)) for i in range(20)]).read_bytes()
     for damaged, reason in [

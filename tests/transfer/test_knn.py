@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,8 @@ def test_command(run_folder: Path, shards_dir: Path, run_ranks: Callable[..., st
     shared = json.loads(run_ranks(2, "-m", "--", "transfer.knn", *arguments).strip().splitlines()[-1])
     assert shared["knn"] == result["knn"]
     assert shared["train"] == 60
+    told = [line for line in alone.stderr.splitlines() if "60 of the 60 images" in line]
+    assert len(told) == 1 and "are in the train source too" in told[0]
 
 
 @pytest.mark.process
@@ -158,6 +161,19 @@ def test_k_is_capped(run_folder: Path, shards_dir: Path, capsys: pytest.CaptureF
     result = knn.evaluate(knn.raw_pixels, source, source, k=200, progress=True, **settings())
     assert result["k"] == 60
     assert "k 200 is more than the 60 training images" in capsys.readouterr().err
+
+
+def test_images_that_find_themselves_are_told(
+    shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same folder, a part of it, a copy of it, and other images."""
+    whole, part = open_source(str(shards_dir)), open_source(f"{shards_dir}/shard-000001.tar")
+    copied = open_source(str(shutil.copytree(shards_dir, tmp_path / "copy")))
+    others = open_source(f"{shards_dir}/shard-00000[023].tar")
+    for train, val, told in [(whole, part, "15 of the 15"), (part, copied, "15 of the 60"), (others, part, "")]:
+        knn.warn_of_overlap(train, val)
+        said = capsys.readouterr().err
+        assert told in said and said.count("\n") == bool(told)
 
 
 def test_extract_in_order(shards_dir: Path) -> None:
