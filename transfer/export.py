@@ -1,16 +1,20 @@
 """The encoder of a run for use elsewhere: torchvision's names, or a file of the reference MoCo code's layout."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torchvision
 from jsonargparse import ArgumentParser
 from safetensors.torch import save as serialize
 
 import checkpoint
+from model.encoders import RESNETS
 from model.interchange import read_moco, write_moco
 from pipeline.command import command
 from pipeline.files import writing_beside
+from recipe import Recipe
 from transfer.load import LoadedEncoder, load_encoder, weights_hash
 
 
@@ -35,16 +39,50 @@ def classifier_state(folder: Path, loaded: LoadedEncoder) -> dict[str, torch.Ten
     return {f"fc.{name}": saved["heads"][f"layers.{best}.{name}"] for name in ("weight", "bias")}
 
 
+def building_code(r: Recipe) -> str:
+    """Python that makes `net`, the model which the torchvision format of such an encoder fits: a small stem or other
+    widths are in no model of torchvision by name."""
+    if r.arch.startswith("timm:"):
+        return f"import timm; net = timm.create_model({r.arch.removeprefix('timm:')!r}, num_classes=0)"
+    if r.width > 1:  # of all layers, unlike torchvision's wide_resnet
+        stem = ", small_stem=True" if r.small_stem else ""
+        return (
+            f"from model.encoders import build_encoder; net = build_encoder({r.arch!r}, width={r.width}{stem}).backbone"
+        )
+    code = f"import torchvision; net = torchvision.models.{r.arch}()"
+    if not hasattr(torchvision.models, r.arch):
+        block, layers, groups, width = RESNETS[r.arch]
+        code = (
+            f"from torchvision.models.resnet import {block.__name__}, ResNet; net = ResNet({block.__name__}, {layers}, "
+            f"groups={groups}, width_per_group={width})"
+        )
+    if r.small_stem:
+        code += "; import torch; net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)"
+        code += "; net.maxpool = torch.nn.Identity()"
+    return code
+
+
+def what_it_fits(r: Recipe, format: Literal["torchvision", "moco"]) -> str:
+    """For people: which model takes the file."""
+    if format == "torchvision":
+        return f"it fits the model of `{building_code(r)}`; net.load_state_dict(state, strict=False)"
+    if hasattr(torchvision.models, r.arch) and r.width == 1 and not r.small_stem:
+        return f"it fits the reference code with -a {r.arch}, and --run and --init here"
+    return f"it fits --run and --init here; the reference code has no such encoder: {building_code(r)}"
+
+
 def export(run: str, output: Path, format: Literal["torchvision", "moco"], linear: Path | None = None) -> Path:
     """Writes the query encoder of `run` (a run folder, a checkpoint in it, or a MoCo .pth.tar) to `output`.
 
     torchvision: a state dict, as safetensors when `output` ends so, else by torch.save; `linear`, a folder of
     transfer.linear, adds its classifier as `fc`. moco: with the key encoder and
-    the queue of a MoCo run, so that the reference's own scripts evaluate it and either code can train it further.
+    the queue of a MoCo run, so that the reference's own scripts evaluate it and either code can train it further. Says
+    on standard error which model takes the file.
     """
     if linear is not None and format != "torchvision":
         raise ValueError("a classifier goes into the torchvision format alone")
     loaded = load_encoder(run)
+    print(f"note: {output}: {what_it_fits(loaded.recipe, format)}", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)
     if format == "torchvision":
         state = torchvision_state(loaded)
@@ -56,7 +94,7 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
             else:
                 torch.save(state, written)
         return output
-    if loaded.recipe is None:
+    if not loaded.is_run:
         file = read_moco(run)
         write_moco(output, file.encoder, arch=file.arch, epoch=file.epoch)
         return output

@@ -1,7 +1,7 @@
 """An encoder from whatever a user has: a run folder, one of its checkpoints, or a MoCo file of the reference code or of
 its CIFAR-10 demo."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,13 @@ class LoadedEncoder:
     """The query encoder in fp32 on the CPU, in eval mode, with what is needed to feed it as it was trained."""
 
     encoder: Encoder
+    recipe: Recipe  # of a MoCo file: what it says of its encoder, the usual values for the rest
     image_size: int
     mean_std: MeanStd
-    views: str
     name: str  # for people: the run's folder or the file
-    step: int  # of the checkpoint; 0 when untrained or unknown
-    recipe: Recipe | None  # None for a foreign checkpoint
-    has_head: bool  # False when the file had none: the encoder's own is then as it was initialised
+    step: int = 0  # of the checkpoint; 0 when untrained or unknown
+    has_head: bool = True  # False when the file had none: the encoder's own is then as it was initialised
+    is_run: bool = True  # False for a MoCo file
 
     def part(self, features: Literal["backbone", "head"]) -> nn.Module:
         """The module whose output is `features`: [N, 3, S, S] -> [N, D]. ValueError for a head that the file lacks."""
@@ -108,7 +108,7 @@ def _of_run(r: Recipe, name: str, state: dict[str, Any] | None, path: Path) -> L
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} and its recipe (arch {r.arch}, dim {r.dim}) do not fit: {reason[:200]}") from None
-    return LoadedEncoder(encoder.eval(), r.image_size, mean_std(r.views), r.views, name, step, r, True)
+    return LoadedEncoder(encoder.eval(), r, r.image_size, mean_std(r.views), name, step)
 
 
 def _build(r: Recipe) -> Encoder:
@@ -123,7 +123,10 @@ def _of_moco_file(file: MoCoFile, untrained: bool) -> LoadedEncoder:
     if untrained:
         raise ValueError(f"--untrained needs a run folder with its recipe, {file.path} is a bare checkpoint")
     encoder = interchange.encoder_of(file)
+    r = Recipe(arch=file.arch, width=file.width, small_stem=file.small_stem, dim=file.dim, mlp=file.mlp)
     # Such a file does not say what it was trained on; a stride-1 stem is that of the reference's CIFAR-10 demo.
-    views = "cifar" if file.small_stem else "v2"
-    size = 32 if file.small_stem else 224
-    return LoadedEncoder(encoder.eval(), size, mean_std(views), views, file.path, 0, None, file.has_head)
+    if file.small_stem:
+        r = replace(r, views="cifar", image_size=32)
+    return LoadedEncoder(
+        encoder.eval(), r, r.image_size, mean_std(r.views), file.path, has_head=file.has_head, is_run=False
+    )

@@ -1,6 +1,7 @@
 """What leaves a run: torchvision loads it, the reference's layout comes back whole, and another run starts from it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,51 @@ def test_torchvision_loads_it_and_computes_the_same(run_folder: Path, tmp_path: 
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(theirs(images), load_encoder(run_folder).encoder.backbone(images))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arch": "resnet18"},
+        {"arch": "resnet18", "small_stem": True},
+        {"arch": "resnet18", "width": 2},
+        {"arch": "resnet18", "width": 2, "small_stem": True},
+        {"arch": "resnext50_32x8d"},
+        {"arch": "timm:test_resnet"},
+    ],
+)
+def test_export_says_what_the_file_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    """The note's own line of Python, run as it stands, makes a model that takes the file and computes the same."""
+    recipe = recipes.Recipe(**options, dim=8, image_size=32)
+    (tmp_path / "run").mkdir()
+    recipes.save(recipe, tmp_path / "run" / "recipe.yaml")
+    loaded = load_encoder(tmp_path / "run", untrained=True)
+    checkpoint.save(tmp_path / "run", {"encoder": loaded.encoder.state_dict(), "step": 1}, step=1, keep=1)
+    path = export(str(tmp_path / "run"), tmp_path / "r.pth", "torchvision")
+    code = re.search(r"it fits the model of `(.*)`; net\.load", capsys.readouterr().err)
+    assert code is not None
+    made: dict[str, Any] = {}
+    exec(code.group(1), made)
+    missing, unexpected = made["net"].load_state_dict(torch.load(path, weights_only=True), strict=False)
+    assert set(missing) <= {"fc.weight", "fc.bias"} and not unexpected
+    made["net"].fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(made["net"].eval()(images), loaded.encoder.backbone(images))
+
+
+def test_export_says_what_the_reference_does_not_take(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(str(run_folder), tmp_path / "m.pth.tar", "moco")
+    assert "fits the reference code with -a resnet18" in capsys.readouterr().err
+    demo = tmp_path / "demo.pth"
+    state = torchvision.models.resnet18(num_classes=8).state_dict() | {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    torch.save({"state_dict": {f"encoder_q.{name}": t for name, t in state.items()}}, demo)
+    export(str(demo), tmp_path / "d.pth.tar", "moco")
+    assert "the reference code has no such encoder" in capsys.readouterr().err
 
 
 def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:

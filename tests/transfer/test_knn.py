@@ -213,7 +213,7 @@ def test_untrained_is_the_runs_own_start(run_folder: Path) -> None:
 def test_a_checkpoint_file_is_a_run_too(run_folder: Path) -> None:
     loaded = load_encoder(run_folder / "checkpoints" / "step_00000007.pt")
     assert loaded.step == 7
-    assert (loaded.image_size, loaded.views) == (32, "v1")
+    assert (loaded.image_size, loaded.recipe.views) == (32, "v1")
 
 
 def test_default_resize() -> None:

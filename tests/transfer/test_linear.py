@@ -22,6 +22,7 @@ from model.encoders import build_encoder
 from pipeline.pixels.views import mean_std
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
+from recipe import Recipe
 from trainer.joining import Ranks
 from transfer import linear
 from transfer.load import LoadedEncoder
@@ -56,7 +57,7 @@ def sources(folders: tuple[Path, Path]) -> tuple[Source, Source]:
 def encoder() -> LoadedEncoder:
     torch.manual_seed(3)
     net = build_encoder("resnet18", dim=16).eval()
-    return LoadedEncoder(net, 16, mean_std("v1"), "v1", "test", 0, None, True)
+    return LoadedEncoder(net, Recipe(arch="resnet18", dim=16), 16, mean_std("v1"), "test")
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

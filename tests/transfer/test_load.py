@@ -83,7 +83,7 @@ def test_the_demos_own_file_is_read_wherever_it_lies(tmp_path: Path, folder: str
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded.part("head")(images), theirs(images))
-    assert loaded.image_size == 32 and loaded.views == "cifar"
+    assert loaded.image_size == 32 and loaded.recipe.views == "cifar"
     file = read_moco(path)
     assert (file.arch, file.small_stem, file.mlp, file.dim, file.epoch) == ("resnet18", True, False, 128, 3)
     key_state = demo_state(1)[0].state_dict()
@@ -96,7 +96,7 @@ def test_a_checkpoint_is_read_wherever_it_lies(run_folder: Path, tmp_path: Path)
     state = checkpoint.load(inside)
     torch.save(state | {"recipe": recipes.to_dict(recipes.load(run_folder / "recipe.yaml"))}, tmp_path / "best.pt")
     loaded = load_encoder(tmp_path / "best.pt")
-    assert (loaded.step, loaded.image_size, loaded.views) == (7, 32, "v1")
+    assert (loaded.step, loaded.image_size, loaded.recipe.views) == (7, 32, "v1")
     assert torch.equal(loaded.encoder.head.weight, load_encoder(run_folder).encoder.head.weight)  # type: ignore[arg-type]
     shutil.copy(inside, tmp_path / "bare.pt")
     with pytest.raises(FileNotFoundError, match=r"bare\.pt is a checkpoint that holds no recipe"):
