@@ -269,7 +269,7 @@ def without_black_and_white() -> dict[str, bytes]:
         "float.tif": encode(Image.fromarray(ramp), "TIFF"),
         "int32.tif": encode(Image.fromarray((ramp * 100_000).astype(np.int32)), "TIFF"),
         "int16.tif": signed,
-        "float.pfm": b"Pf\n120 60\n-1.0\n" + ramp.tobytes(),
+        "float.ppm": b"Pf\n120 60\n-1.0\n" + ramp.tobytes(),
     }
 
 
