@@ -249,7 +249,7 @@ def train(t: Training, watchdog: Watchdog, stop: Stop) -> int:
                 dictionary.enqueue(torch.cat(seen))
             elif isinstance(dictionary, MemoryBank):
                 phase("bank")
-                dictionary.update(torch.cat(seen), torch.cat([ids for _, _, ids in passes]))
+                dictionary.update(torch.cat(seen), batch.sample_ids)
             window.add(step, rows, batch.sample_ids)
         step += 1
         t.log.step()

@@ -6,12 +6,20 @@ End-to-end (2a), in the place of MoCo's steps:
     keys = end_to_end.encode_keys(key, encoder)     # with gradient, shuffle BN as in MoCo
     loss, stats = end_to_end.loss(q, keys)          # negatives: the other keys of the global batch
 
-Memory bank (2b; Wu et al. 2018), which reads one view and never encodes a key:
+Memory bank (2b), which reads one view and never encodes a key:
 
     q = encoder(query)
     loss, stats = bank.loss(q, sample_ids)          # positive: the sample's own entry; negatives: entries drawn
     loss.backward(); optimizer.step()
     bank.update(q, sample_ids)                      # momentum on the entries
+
+It is Wu et al. (2018), "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", but for three
+things, in which it follows He et al. (2020), so that the mechanisms differ by their dictionary alone:
+
+- the loss is InfoNCE, a softmax over the positive and the entries drawn; theirs is NCE, a binary loss for each entry
+  with an estimated normalisation, and a proximal term that holds a sample's representation near its entry;
+- the negatives are drawn once a forward pass and shared by its queries; theirs are drawn for each query;
+- a query's own entry is no negative of it when it is drawn; theirs may be.
 """
 
 import os
@@ -136,9 +144,12 @@ class MemoryBank(nn.Module):
     def update(self, q: Tensor, sample_ids: Tensor) -> None:
         """entry = normalise(momentum * entry + (1 - momentum) * q), gathered from all ranks. Not finite: left as it is.
 
-        An id that comes twice in a batch (a replaced sample) counts once, with its first row, so that ranks agree.
+        q: [V * N, dim], as the encoder gave it: V views of each sample, first one view of all samples, then the next;
+        the entry moves towards their mean. sample_ids: int64 [N]. An id that comes twice in a batch (a replaced sample)
+        counts once, with its first row, so that ranks agree.
         """
-        q = gather_rows(F.normalize(q.detach().float(), dim=1), self.group)
+        q = F.normalize(q.detach().float(), dim=1).unflatten(0, (-1, len(sample_ids))).mean(dim=0)  # [N, dim]
+        q = gather_rows(q, self.group)
         ids = gather_rows(sample_ids, self.group)
         q = q[(ids[:, None] == ids).to(torch.uint8).argmax(dim=1)]
         old = self.bank[ids]

@@ -26,7 +26,7 @@ class Stats(NamedTuple):
 
     accuracy: Tensor  # share of queries whose positive beats every negative
     positive: Tensor  # mean cosine of query and positive key
-    negative: Tensor  # mean cosine of query and negatives
+    negative: Tensor  # mean cosine of query and negatives; 0 when there are none
 
 
 def contrastive_loss(
@@ -47,11 +47,14 @@ def contrastive_loss(
         logits = torch.cat([positive, negative], dim=1)  # [N, 1 + K]
         loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
         with torch.no_grad():
-            counted = negative if exclude is None else negative.masked_fill(exclude, torch.nan)
+            if exclude is None:
+                mean = negative.mean()
+            else:  # all may be excluded: of a batch of one, of a bank of which only the own sample was drawn
+                mean = negative.masked_fill(exclude, 0).sum() / (~exclude).sum().clamp(min=1)
             stats = Stats(
                 accuracy=(positive[:, 0] > negative.amax(dim=1)).float().mean(),
                 positive=positive.mean() * temperature,
-                negative=(counted.mean() if exclude is None else counted.nanmean()) * temperature,
+                negative=mean * temperature,
             )
     return loss, stats
 

@@ -236,7 +236,13 @@ def test_accumulation_keeps_queue_and_momentum_at_one_move_a_step(
 
 
 @pytest.mark.parametrize(
-    "options", [{"mechanism": "end_to_end"}, {"mechanism": "memory_bank"}, {"symmetric": True}, {"precision": "bf16"}]
+    "options",
+    [
+        {"mechanism": "end_to_end"},
+        {"mechanism": "memory_bank", "symmetric": True},
+        {"symmetric": True},
+        {"precision": "bf16"},
+    ],
 )
 def test_other_ways_to_train_run_and_continue_exactly(
     options: dict[str, Any], runs: Runs, shards_dir: Path, tmp_path: Path

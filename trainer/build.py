@@ -167,7 +167,7 @@ def introduce(
     log.say(f"lr {r.lr} for a global batch of {r.batch_size}; in proportion to the papers' 0.03 per 256: {rule:.4g}")
     for note in notes:
         log.say(f"note: {note}")
-    log.warn(warnings_before(samples, r.batch_size, r.queue_size, r.lr, r.warmup_epochs))
+    log.warn(warnings_before(r.mechanism, samples, r.batch_size, r.queue_size, r.lr, r.warmup_epochs))
     if not net.has_batchnorm:
         log.say(f"note: {r.arch} has no batch norm, so there is nothing to shuffle")
     elif not r.shuffle_bn:

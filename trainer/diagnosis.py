@@ -11,10 +11,13 @@ from trainer.joining import gather_objects
 from trainer.metrics import Window
 
 
-def warnings_before(samples: int, batch_size: int, queue_size: int, lr: float, warmup_epochs: int) -> dict[str, str]:
+def warnings_before(
+    mechanism: str, samples: int, batch_size: int, queue_size: int, lr: float, warmup_epochs: int
+) -> dict[str, str]:
     """What the numbers alone say, before the first step: kind -> explanation."""
     found = {}
-    if queue_size > samples / 10:
+    # A memory bank leaves the own sample out of what it draws, and end-to-end has no queue.
+    if mechanism == "moco" and queue_size > samples / 10:
         found["queue"] = (
             f"queue_size {queue_size} is {queue_size / samples:.0%} of the {samples} images: an image's own key of an "
             f"earlier step is often among its negatives. At most a tenth, {samples // 10}, is usual (the papers: 5 %)"

@@ -68,6 +68,40 @@ def test_memory_bank_update() -> None:
     assert torch.equal(bank.bank[untouched], before[untouched])
 
 
+def test_memory_bank_moves_to_the_mean_of_both_views() -> None:
+    """--symmetric: the second view of an id was dropped."""
+    bank = bank_of(momentum=0.25)
+    before = bank.bank.clone()
+    q, ids = 5 * torch.randn(6, DIM), torch.tensor([4, 30, 7])
+    bank.update(q, ids)
+    mean = (F.normalize(q[:3], dim=1) + F.normalize(q[3:], dim=1)) / 2
+    torch.testing.assert_close(bank.bank[ids], F.normalize(0.25 * before[ids] + 0.75 * mean, dim=1))
+    swapped = bank_of(momentum=0.25)
+    swapped.update(q.roll(3, dims=0), ids)
+    torch.testing.assert_close(swapped.bank, bank.bank)
+
+
+def test_without_negatives_the_figures_are_numbers() -> None:
+    """Only the own sample was drawn, or a batch of one: the mean of no cosines was nan, and nan is no JSON."""
+    bank = MemoryBank(1, dim=DIM, num_negatives=3, temperature=TEMPERATURE)
+    for loss, stats in (
+        bank.loss(torch.randn(2, DIM), torch.zeros(2, dtype=torch.int64)),
+        EndToEnd(small_encoder(), temperature=TEMPERATURE).loss(torch.randn(1, DIM), torch.randn(1, DIM)),
+    ):
+        assert (loss.item(), stats.negative.item(), stats.accuracy.item()) == (0, 0, 1)
+        assert stats.positive.isfinite()
+
+
+def test_memory_bank_s_negative_is_the_mean_cosine_of_the_others() -> None:
+    bank = bank_of()
+    ids = torch.tensor([3, 17])
+    q = torch.randn(2, DIM)
+    _, stats = bank.loss(q, ids)
+    drawn = bank._draw().tolist()
+    cosines = [F.normalize(q[i], dim=0) @ bank.bank[j] for i in range(2) for j in drawn if j != ids[i]]
+    torch.testing.assert_close(stats.negative, torch.stack(cosines).mean())
+
+
 def test_memory_bank_draws_anew_for_each_batch_and_resumes() -> None:
     bank, other = bank_of(seed=1), bank_of(seed=2)
     q, ids = torch.randn(4, DIM), torch.arange(4)

@@ -16,7 +16,7 @@ def during(usual_wait: float = 0.02, **changes: float) -> dict[str, str]:
 
 def test_a_healthy_run_is_not_warned_about() -> None:
     assert during() == {}  # 6.9 against a floor of 6.2 and a chance of 11.09 is how MoCo v2 looks
-    assert warnings_before(1_281_167, 256, 65536, 0.03, 0) == {}
+    assert warnings_before("moco", 1_281_167, 256, 65536, 0.03, 0) == {}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,10 @@ def test_a_young_queue_may_look_like_that() -> None:
 
 
 def test_numbers_that_are_known_to_fail_are_said_before() -> None:
-    assert "queue_size 65536 is 512% of the 12800 images" in warnings_before(12800, 256, 65536, 0.03, 0)["queue"]
-    assert "warmup_epochs 10" in warnings_before(10**7, 4096, 65536, 0.48, 0)["batch"]
-    assert warnings_before(10**7, 4096, 65536, 0.48, 10) == {}
+    assert (
+        "queue_size 65536 is 512% of the 12800 images" in warnings_before("moco", 12800, 256, 65536, 0.03, 0)["queue"]
+    )
+    assert "warmup_epochs 10" in warnings_before("moco", 10**7, 4096, 65536, 0.48, 0)["batch"]
+    assert warnings_before("moco", 10**7, 4096, 65536, 0.48, 10) == {}
+    for mechanism in ("memory_bank", "end_to_end"):  # no image's own entry is among its negatives there
+        assert warnings_before(mechanism, 12800, 256, 65536, 0.03, 0) == {}
