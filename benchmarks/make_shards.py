@@ -87,7 +87,8 @@ def ours(pool: futures.Executor, src: Path, dest: Path, options: Options, shards
     listing = Listing.write(state, collect(str(src), found), found, classes=[], labels=True)
     size = -(-len(listing) // shards)
     planned = plan(listing.sizes, None, 0, holdout=0, samples_per_shard=size, shard_bytes=1 << 40)
-    return sum(pool.map(pack.pack, pack_tasks(listing, None, 0, iter(planned), str(dest), options)))
+    tasks = pack_tasks(listing, None, 0, iter(planned), str(dest), options)
+    return sum(done.images for done in pool.map(pack.pack, tasks))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,23 @@ from pipeline.command import command
 from pipeline.files import is_remote, local_path
 from pipeline.packing import lists, workers
 from pipeline.packing.collect import SUMMARY, collect
+from pipeline.packing.fetch import FAILED
 from pipeline.packing.journal import (
     JOURNAL,
+    begin,
     begun,
-    copy_up,
     finished,
-    is_complete,
+    finished_summary,
     journal_folder,
+    refuse_other_images,
     remove_journal,
     remove_ours,
 )
 from pipeline.packing.listing import Listing
 from pipeline.packing.plan import PlannedShard, find_duplicates, image_numbers, plan
 from pipeline.packing.prepare import Options
-from pipeline.packing.shard import HashTask, PackTask, PlannedImage, hash_contents, pack
+from pipeline.packing.retry import Retry, after, begun_retry, failed_numbers
+from pipeline.packing.shard import HashTask, PackTask, PlannedImage, TaskDone, hash_contents, pack
 from pipeline.packing.summary import finish, table
 from pipeline.packing.survey import Survey
 from pipeline.progress import Progress
@@ -70,6 +73,8 @@ def make_shards(
     classes: str = "",
     holdout: float = 0.0,
     dedup: bool = False,
+    max_failed: float = 1.0,
+    retry_failed: bool = False,
     overwrite: bool = False,
     num_workers: int = 0,
     scheduler: str = "",
@@ -120,40 +125,69 @@ def make_shards(
         raise ValueError(f"DEST {dest} is a URL with *, ? or [, which are patterns there: name another")
     if not scheduler:
         workers.warm_up()
-    if not overwrite and is_complete(dest, job, write_listing):
+    before = None if overwrite else finished_summary(dest, job)
+    if retry_failed and not before:
+        raise ValueError(f"{dest} is not complete: the same command without --retry_failed comes first")
+
+    def write_same_listing(folder: Path) -> Listing:
+        listing = write_listing(folder)
+        refuse_other_images(listing, before or {}, dest)
+        return listing
+
+    ongoing = begun_retry(dest) if before else None
+    if before and not retry_failed:
+        with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
+            write_same_listing(Path(folder))
+        print(f"{dest} is complete: {before['packed']:,} of {before['found']:,} images packed; nothing to do")
+        if ongoing:
+            print("a --retry_failed was interrupted here: the same command with that flag goes on with it")
+        else:
+            remove_journal(dest)
         return
     with journal_folder(dest) as journal:
         records = files.join(dest, JOURNAL)
-        if overwrite:
-            remove_ours(dest)
-        listing = begun(journal, job, dest)
-        if listing is None:
-            journal.mkdir(exist_ok=True)
-            listing = write_listing(journal)
-            files.write(str(journal / "job.json"), json.dumps(job).encode())
-            copy_up(journal, records)
-        kept = remove_duplicates(listing, journal, records, how) if dedup else None
+        retry = None
+        if before:
+            retry = ongoing or Retry(failed_numbers(dest), before)
+            if not retry.numbers:
+                print(f"{dest} is complete, and all of its images were fetched: nothing to retry")
+                return
+            listing = Listing(journal) if ongoing else begin(journal, dest, retry._asdict(), write_same_listing)
+            kept: np.ndarray | None = np.array(retry.numbers)
+        else:
+            if overwrite:
+                remove_ours(dest)
+            listing = begun(journal, job, dest) or begin(journal, dest, job, write_listing)
+            kept = remove_duplicates(listing, journal, records, how) if dedup else None
         shards = plan(
-            listing.sizes, kept, seed, holdout=holdout, samples_per_shard=samples_per_shard, shard_bytes=shard_bytes
+            listing.sizes,
+            kept,
+            seed,
+            holdout=0 if retry else holdout,
+            samples_per_shard=samples_per_shard,
+            shard_bytes=shard_bytes,
         )
+        shards = after(shards, before["shards"]) if before else shards
         for split in dict.fromkeys(shard.split for shard in shards):
             files.make_folder(files.join(dest, split).rstrip("/"))
         done = finished(dest, shards)
         if done:
             print(f"going on: {len(done):,} of {len(shards):,} shards are done")
+        total = sum(shard.end - shard.begin for shard in shards)
         workers.run(
             pack,
             pack_tasks(listing, kept, seed, (shard for shard in shards if shard not in done), dest, options),
             what="packing",
-            total=sum(shard.end - shard.begin for shard in shards),
+            total=total,
             done=sum(shard.end - shard.begin for shard in done),
+            check=failing(max_failed, total, records, done) if max_failed < 1 else None,
             **how,
         )
         if missing := set(shards) - finished(dest, shards):
             raise ValueError(
                 f"{len(missing)} shards were packed but are not in {dest}: do all workers see that folder?"
             )
-        counts = finish(dest, records, journal, listing, shards, seed)
+        counts = finish(dest, records, journal, listing, shards, seed, retry)
     summary = {"job": job, "digest": listing.summary["digest"], **counts}
     files.write(files.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
     remove_journal(dest)
@@ -172,6 +206,25 @@ def pack_tasks(
             images.append(PlannedImage(number, image, None if own and image.label is None else listing.label(image)))
         tar = files.join(dest, f"{shard.name}.tar")
         yield PackTask(tar, files.join(dest, f"{JOURNAL}/{shard.record}"), images, options)
+
+
+def failing(max_failed: float, total: int, records: str, done: Iterable[PlannedShard]) -> Callable[[TaskDone], None]:
+    """Counts the images that could not be fetched, those of the shards that are done included. What it returns raises
+    ValueError when they are more than this fraction of all."""
+    rejected = (json.loads(files.read(files.join(records, shard.record)))["rejected"] for shard in done)
+    failed = sum(line["reason"] in FAILED for lines in rejected for line in lines)
+
+    def check(task: TaskDone) -> None:
+        nonlocal failed
+        failed += task.failed
+        if failed > max_failed * total:
+            raise ValueError(
+                f"{failed:,} of {total:,} images could not be fetched, more than --max_failed {max_failed:g} allows "
+                f"(one is {task.first_failed}): go on with a larger one and fetch them with --retry_failed at the end, "
+                "or begin anew with --overwrite"
+            )
+
+    return check
 
 
 def remove_duplicates(listing: Listing, journal: Path, records: str, how: dict[str, Any]) -> np.ndarray:
@@ -223,6 +276,8 @@ def main() -> None:
         ("min_side", 0, "reject images with a shorter side than this many pixels"),
         ("max_pixels", 100_000_000, "reject images with more pixels"),
         ("no_verify", False, "do not decode: damaged images are packed and cost samples in training"),
+        ("max_failed", 1.0, "stop when more than this fraction (0.1) of the images cannot be fetched; 1: no limit"),
+        ("retry_failed", False, "DEST is complete: pack what could not be fetched into further shards (train's)"),
         ("overwrite", False, "delete what make_shards wrote to DEST before, begin anew"),
     )
     for name, default, text in flags:
@@ -241,6 +296,10 @@ def main() -> None:
         raise ValueError(f"--quality {options.quality}: from 1 to 100")
     if not (0 <= given["holdout"] < 1 or (given["holdout"] >= 1 and given["holdout"].is_integer())):
         raise ValueError(f"--holdout {given['holdout']:g}: a fraction below 1, or a number of images")
+    if not 0 <= given["max_failed"] <= 1:
+        raise ValueError(f"--max_failed {given['max_failed']:g}: a fraction from 0 to 1")
+    if given["retry_failed"] and given["overwrite"]:
+        raise ValueError("--retry_failed keeps what is in DEST and --overwrite deletes it: drop one")
     if options.no_verify:
         print("--no_verify: damaged images are packed; each will cost a sample in training", file=sys.stderr)
     places = [place for place in (given["src"], given["dest"]) if is_remote(place)]

@@ -115,9 +115,13 @@ def packing_here() -> Iterator[None]:
     """make_shards does its tasks one after the other in this process, without starting workers."""
     from pipeline.packing import workers
 
-    def run(work: Callable[[Any], int], tasks: Iterable[Any], **_: Any) -> None:
+    def run(
+        work: Callable[[Any], Any], tasks: Iterable[Any], check: Callable[[Any], None] | None = None, **_: Any
+    ) -> None:
         for task in tasks:
-            work(task)
+            done = work(task)
+            if check is not None:
+                check(done)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "run", run)

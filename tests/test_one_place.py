@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.packing import fetch
+from pipeline.packing.survey import ListedImage
 from pipeline.sources import remote
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -269,7 +270,7 @@ def test_packing_and_training_ask_a_server_equally_often(monkeypatch: pytest.Mon
     monkeypatch.setattr(fetch, "file_system", lambda _: (Silent(), ""))
     said = r"^http://x/a: given up after 3 tries, the last: OSError: no answer$"
     with pytest.raises(OSError, match=said):
-        fetch._remote([fetch.Part("http://x/a", -1, -1)])
+        list(fetch.fetch([ListedImage("http://x/a", 0, 5, "a")]))
     with pytest.raises(OSError, match=said):
         remote.retry("http://x/a", request)
     assert asked == {"packing": 3, "training": 3}

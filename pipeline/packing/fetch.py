@@ -5,16 +5,26 @@ import itertools
 import os
 import struct
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from pipeline.files import file_system, is_remote
+from pipeline.files import is_remote
 from pipeline.packing.prepare import Rejected
 from pipeline.packing.survey import ListedImage, Sidecar
 from pipeline.sources import remote
+from pipeline.sources.remote import file_system
 
 TOGETHER = 32  # remote requests in flight
+LINE_TRIES = 3  # for a URL that a list names and nobody has seen: lists from the web hold many dead ones
+SILENT = 3  # after so many lines in a row that their host did not answer, the next ones of a shard do not wait for it
+# Why an image could not be fetched: --max_failed counts these, --retry_failed tries them again.
+NO_SUCH_FILE, NO_PERMISSION, REFUSED, NOT_FETCHED = FAILED = (
+    "no such file",
+    "permission denied",
+    "refused by its server",
+    "not fetched",
+)
 OPEN_ARCHIVES = 64
 ZIP_HEADER = 30
 LARGEST_MEMBER = 1 << 30  # bytes that a member of a zip may unpack to: there are zip bombs
@@ -46,8 +56,10 @@ def sidecar_alone(image: ListedImage, sidecar: Sidecar) -> ListedImage:
 def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
     """For each image its bytes and those of its neighbours in the sample, or why there are none.
 
-    FileNotFoundError for a file that was there when it was listed; OSError for a store that does not answer.
+    A URL in a list that cannot be fetched costs its line. FileNotFoundError for a file that was there when it was
+    listed; OSError for a store of archives, or of a folder, that does not answer.
     """
+    silent: Counter[str] = Counter()  # host -> lines in a row that it did not answer
     with contextlib.ExitStack() as stack:
         archives: OrderedDict[str, int] = OrderedDict()
         stack.callback(_close, archives)
@@ -55,14 +67,14 @@ def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
         while group := list(itertools.islice(iterator, TOGETHER)):
             parts = [parts_of(image) for image in group]
             away = [p for of_image in parts for p in of_image if is_remote(p.path)]
-            answers = iter(_remote(away)) if away else iter(())
+            answers = iter(_remote(away, silent)) if away else iter(())
             for image, of_image in zip(group, parts):
                 # All of them, before one can fail: the next image's answers would be taken for the rest of this one's.
                 arrived = [next(answers) if is_remote(p.path) else p for p in of_image] if away else of_image
                 try:
                     if image.size < 0 and not is_remote(image.path) and not os.path.isfile(image.path):  # noqa: PTH113
-                        raise Rejected("no such file", image.path)
-                    contents = [_local(a, archives) if isinstance(a, Part) else _checked(a) for a in arrived]
+                        raise Rejected(NO_SUCH_FILE, image.path)
+                    contents = [_local(a, archives) if isinstance(a, Part) else _checked(a, image) for a in arrived]
                     if image.offset >= 0:
                         _check_sizes(of_image, contents, image)
                     if image.packing is not None:
@@ -71,14 +83,14 @@ def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
                     yield contents
                 except (FileNotFoundError, IsADirectoryError) as error:
                     if image.size < 0:
-                        yield Rejected("no such file", image.path)
+                        yield Rejected(NO_SUCH_FILE, image.path)
                         continue
                     raise FileNotFoundError(
                         f"{error.filename or image.path} has vanished since it was listed: put it back and run the "
                         "same command again, or begin anew without it by --overwrite"
                     ) from None
                 except PermissionError as error:
-                    yield Rejected("permission denied", str(error))
+                    yield Rejected(NO_PERMISSION, str(error))
                 except Rejected as why:
                     yield why
 
@@ -112,24 +124,35 @@ def _local(part: Part, archives: "OrderedDict[str, int]") -> bytes:
     return os.pread(descriptor, part.size, part.offset)
 
 
-def _checked(content: bytes | BaseException) -> bytes:
-    if isinstance(status := getattr(content, "status", None), int) and remote.is_final(content):
-        raise Rejected("refused by its server", f"{status} {getattr(content, 'message', '')}")
-    if isinstance(content, BaseException):
-        if not isinstance(content, OSError) and remote.is_final(content):
-            raise ValueError(f"{remote.reason(content)}: check the address and your credentials")
+def _checked(content: bytes | BaseException, image: ListedImage) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, FileNotFoundError | IsADirectoryError):
         raise content
-    return content
+    if isinstance(getattr(content, "status", None), int) and remote.is_final(content):
+        raise Rejected(REFUSED, remote.reason(content))
+    if image.offset < 0 and image.size < 0:  # a line of a list
+        raise Rejected(NOT_FETCHED, remote.reason(content))
+    if remote.is_final(content):
+        raise ValueError(f"{image.path}: {remote.reason(content)}; check the address and your credentials")
+    raise OSError(f"{image.path}: given up after {remote.TRIES} tries, the last: {remote.reason(content)}")
 
 
-def _remote(parts: list[Part]) -> list[bytes | BaseException]:
+def _remote(parts: list[Part], silent: Counter[str]) -> list[bytes | BaseException]:
     """All parts at once; what failed otherwise than by not being there is asked for again."""
-    contents: list[bytes | BaseException] = [OSError("not read yet")] * len(parts)
-    waiting = list(range(len(parts)))
-    for is_last in remote.tries(parts[0].path):
+    contents: list[bytes | BaseException] = [OSError("its host did not answer the lines before this one")] * len(parts)
+    seen = any(part.size >= 0 for part in parts)  # in a store, when it was listed
+    waiting = [i for i, part in enumerate(parts) if silent[_host(part.path)] < SILENT]
+    asked = list(waiting)
+    for _ in remote.tries(parts[0].path, times=0 if seen else LINE_TRIES):
         for _, members in itertools.groupby(waiting, key=lambda i: parts[i].path.partition("://")[0]):
             numbers = list(members)
-            fs, _ = file_system(parts[numbers[0]].path)
+            try:
+                fs, _ = file_system(parts[numbers[0]].path)
+            except Exception as error:  # each file system has its own kinds
+                for i in numbers:
+                    contents[i] = error
+                continue
             paths = [fs._strip_protocol(parts[i].path) for i in numbers]
             begins = [None if parts[i].offset < 0 else parts[i].offset for i in numbers]
             ends = [None if parts[i].offset < 0 else parts[i].offset + parts[i].size for i in numbers]
@@ -139,10 +162,14 @@ def _remote(parts: list[Part]) -> list[bytes | BaseException]:
         waiting = [i for i in waiting if isinstance(contents[i], Exception) and not remote.is_final(contents[i])]
         if not waiting:
             break
-        if is_last:
-            url, problem = parts[waiting[0]].path, remote.reason(contents[waiting[0]])
-            raise OSError(f"{url}: given up after {remote.TRIES} tries, the last: {problem}")
+    for i in asked:  # connection refused, unknown name, time-out: all are OSErrors, and no answers of a server
+        host = _host(parts[i].path)
+        silent[host] = silent[host] + 1 if i in waiting and isinstance(contents[i], OSError) else 0
     return contents
+
+
+def _host(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
 
 
 def _unzip(blob: bytes, image: ListedImage, archives: "OrderedDict[str, int]") -> bytes:
@@ -154,7 +181,7 @@ def _unzip(blob: bytes, image: ListedImage, archives: "OrderedDict[str, int]") -
     begin = ZIP_HEADER + sum(struct.unpack("<HH", blob[26:30]))
     if len(blob) < begin + image.size:
         longer = Part(image.path, image.offset, begin + image.size)
-        blob = _checked(_remote([longer])[0]) if is_remote(image.path) else _local(longer, archives)
+        blob = _checked(_remote([longer], Counter())[0], image) if is_remote(image.path) else _local(longer, archives)
     data = blob[begin : begin + image.size]
     if image.packing == 0:
         return data

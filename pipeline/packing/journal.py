@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,21 @@ def begun(journal: Path, job: dict[str, Any], dest: str) -> Listing | None:
     return None
 
 
+def begin(journal: Path, dest: str, job: dict[str, Any], write_listing: Callable[[Path], Listing]) -> Listing:
+    """Writes the listing, then the job, by which an interrupted command is known again."""
+    remove_journal(dest)
+    journal.mkdir(exist_ok=True)
+    listing = write_listing(journal)
+    files.write(str(journal / "job.json"), json.dumps(job).encode())
+    records = files.join(dest, JOURNAL)
+    if is_remote(records):
+        files.make_folder(records)
+        fs, path = files.file_system(records)
+        for name in LISTING:
+            fs.put_file(str(journal / name), f"{path}/{name}")
+    return listing
+
+
 def _refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -> None:
     names = [name for name in job | before if before.get(name) != job.get(name)]
     changed = [f"{name} {before.get(name)!r} there, {job.get(name)!r} now" for name in names]
@@ -103,27 +118,27 @@ def _refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -
         )
 
 
-def is_complete(dest: str, job: dict[str, Any], write_listing: Any) -> bool:
-    """Whether `dest` is done already, with the same inputs and options; ValueError when they were others."""
+def finished_summary(dest: str, job: dict[str, Any]) -> dict[str, Any] | None:
+    """What make_shards.json says when `dest` is done; ValueError when it was made otherwise or shards are missing."""
     if SUMMARY not in files.names(dest):
-        return False
-    summary = json.loads(files.read(files.join(dest, SUMMARY)))
+        return None
+    summary: dict[str, Any] = json.loads(files.read(files.join(dest, SUMMARY)))
     _refuse_if_changed(summary["job"], job, dest)
     for split, count in summary["shards"].items():
         folder = files.join(dest, split).rstrip("/")
         if (missing := count - sum(name.endswith(".tar") for name in files.names(folder))) > 0:
             raise ValueError(f"{missing} of {count} shards are missing in {folder}: add --overwrite to make it anew")
-    with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
-        listing = write_listing(Path(folder))
-        if listing.summary["digest"] != summary["digest"]:
-            raise ValueError(
-                f"{dest} was made from {summary['found']:,} images that are no longer those of {job['src']} "
-                f"({len(listing):,} now), or had other sizes, labels or sidecars: name another folder, or add "
-                "--overwrite to make it anew"
-            )
-    remove_journal(dest)
-    print(f"{dest} is complete: {summary['packed']:,} of {summary['found']:,} images packed; nothing to do")
-    return True
+    return summary
+
+
+def refuse_other_images(listing: Listing, summary: dict[str, Any], dest: str) -> None:
+    """ValueError when `dest` was made from other images than those of the listing."""
+    if listing.summary["digest"] != summary["digest"]:
+        raise ValueError(
+            f"{dest} was made from {summary['found']:,} images that are no longer those of {summary['job']['src']} "
+            f"({len(listing):,} now), or had other sizes, labels or sidecars: name another folder, or add "
+            "--overwrite to make it anew"
+        )
 
 
 def remove_ours(dest: str) -> None:
@@ -151,14 +166,6 @@ def remove_journal(dest: str) -> None:
     elif files.names(place):
         fs, path = files.file_system(place)
         fs.rm(path, recursive=True)
-
-
-def copy_up(journal: Path, records: str) -> None:
-    if is_remote(records):
-        files.make_folder(records)
-        fs, path = files.file_system(records)
-        for name in LISTING:
-            fs.put_file(str(journal / name), f"{path}/{name}")
 
 
 def finished(dest: str, shards: list[PlannedShard]) -> set[PlannedShard]:

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from pipeline import files
-from pipeline.packing.fetch import fetch
+from pipeline.packing.fetch import FAILED, fetch
 from pipeline.packing.prepare import Options, Rejected, prepare
 from pipeline.packing.survey import ListedImage
 from pipeline.sources.index import BLOCK, Component, format_index
@@ -45,6 +45,14 @@ class HashTask(NamedTuple):
     images: list[ListedImage]
 
 
+class TaskDone(NamedTuple):
+    """How many images a task was, how many of them could not be fetched, and the first of those."""
+
+    images: int
+    failed: int = 0
+    first_failed: str = ""
+
+
 class _Sink:
     """The file that the tar goes to, hashed on its way."""
 
@@ -62,8 +70,8 @@ class _Sink:
         return self.bytes
 
 
-def pack(task: PackTask) -> int:
-    """Packs a shard; returns how many images it was planned for.
+def pack(task: PackTask) -> TaskDone:
+    """Packs a shard.
 
     Its record: samples, bytes, checksum, images of each label, what was rejected and why. A shard of which nothing is
     left is not written.
@@ -77,11 +85,13 @@ def pack(task: PackTask) -> int:
         files.remove(task.shard)
         files.remove(task.shard.removesuffix(".tar") + ".idx")
     files.write(task.record, json.dumps(record).encode())
-    return len(task.images)
+    failed = [line for line in record["rejected"] if line["reason"] in FAILED]
+    first = f"{failed[0]['name']}: {failed[0]['reason']}, {failed[0]['detail']}" if failed else ""
+    return TaskDone(len(task.images), len(failed), first)
 
 
 def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Component]]]:
-    rejected: list[dict[str, str]] = []
+    rejected: list[dict[str, Any]] = []
     remarks: dict[str, list[Any]] = {}  # kind -> how many images it is said of, the first of them and what is said
     labels: Counter[str] = Counter()
     index: list[list[Component]] = []
@@ -113,7 +123,9 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
                 several = map(str, planned.label) if isinstance(planned.label, list) else None
                 labels.update(several or [sample.get("cls", b"").decode("ascii", "replace")])
             except Rejected as why:
-                rejected.append({"name": planned.image.name, "reason": why.reason, "detail": why.detail})
+                line = {"name": planned.image.name, "reason": why.reason, "detail": why.detail}
+                # The number is what --retry_failed finds the image by.
+                rejected.append(line | {"number": planned.number} if why.reason in FAILED else line)
             _advance(planned.image)
         if writer.tarstream.offset != position:
             raise RuntimeError(f"{task.shard}: the index says {position} bytes, the tar has {writer.tarstream.offset}")
@@ -152,8 +164,8 @@ def sample_key(planned: PlannedImage) -> str:
     return f"{planned.number:09d}-{stem[:64]}"
 
 
-def hash_contents(task: HashTask) -> int:
-    """Writes the xxh3_128 of each image's bytes, 16 bytes each; returns their number.
+def hash_contents(task: HashTask) -> TaskDone:
+    """Writes the xxh3_128 of each image's bytes, 16 bytes each.
 
     What cannot be read is hashed by its name: it is no duplicate, and rejected when it is packed.
     """
@@ -163,4 +175,4 @@ def hash_contents(task: HashTask) -> int:
         hashes.append(xxhash.xxh3_128(content).digest())
         _advance(image)
     files.write(task.output, np.frombuffer(b"".join(hashes), np.uint64).tobytes())
-    return len(task.images)
+    return TaskDone(len(task.images))

@@ -17,28 +17,48 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.collect import CONTACT_SHEET
+from pipeline.packing.fetch import FAILED
 from pipeline.packing.listing import Listing
 from pipeline.packing.plan import PlannedShard, duplicate_pairs
+from pipeline.packing.retry import Retry
 from pipeline.pixels.decode import BadImage, picture
 from pipeline.sources.index import image_rank
-from pipeline.sources.manifest import Manifest, Shard, save_manifest
+from pipeline.sources.manifest import Manifest, Shard, parse_manifest, save_manifest
 
 SHEET = (8, 6)  # pictures across and down
 CELL, CAPTION = 128, 16  # pixels
 
 
 def finish(
-    dest: str, records: str, journal: Path, listing: Listing, shards: Sequence[PlannedShard], seed: int
+    dest: str,
+    records: str,
+    journal: Path,
+    listing: Listing,
+    shards: Sequence[PlannedShard],
+    seed: int,
+    retry: Retry | None = None,
 ) -> dict[str, Any]:
-    """Writes what belongs to the shards and returns the counts. ValueError when nothing could be packed."""
+    """Writes what belongs to the shards and returns the counts; with `retry`, of these shards and those before.
+
+    ValueError when nothing could be packed.
+    """
+    before = retry.before if retry else {}
     reasons: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
+    labels: Counter[str] = Counter(before.get("labels", ()))
     # kind -> how many images it is said of, the first of them and what is said; older listings and records have none
-    remarks: dict[str, list[Any]] = {kind: list(said) for kind, said in listing.summary.get("remarks", {}).items()}
+    said = before["remarks"] if retry else listing.summary.get("remarks", {})
+    remarks: dict[str, list[Any]] = {kind: list(of_kind) for kind, of_kind in said.items()}
     made: dict[str, list[Shard]] = {shard.split: [] for shard in shards}
-    packed = image_bytes = 0
+    for split, count in before.get("shards", {}).items():
+        place = files.join(_folder(dest, split), "manifest.json")
+        made[split] = list(parse_manifest(files.read(place), place).shards[:count])
+    packed, image_bytes = before.get("packed", 0), before.get("image_bytes", 0)
     first = ""
+    kept_lines = _lines_without(retry.numbers, dest) if retry else []
     with files.writing(files.join(dest, "rejected.jsonl")) as lines:
+        for line in kept_lines:
+            lines.write(json.dumps(line).encode() + b"\n")
+            reasons[line["reason"]] += 1
         for shard in shards:
             record = json.loads(files.read(files.join(records, shard.record)))
             for line in record["rejected"]:
@@ -55,19 +75,19 @@ def finish(
                 made[shard.split].append(Shard(file, record["samples"], record["bytes"], record["checksum"]))
     if not packed:
         raise ValueError(f"none of the {len(listing):,} images can be used; the first: {first}")
-    duplicates = _write_duplicates(dest, journal, listing)
+    duplicates = before["duplicates"] if retry else _write_duplicates(dest, journal, listing)
     found, rejected = len(listing), reasons.total()
     if found != packed + rejected + duplicates:
         raise RuntimeError(f"found {found} != packed {packed} + rejected {rejected} + duplicates {duplicates}")
     for split, of_split in made.items():
-        folder = files.join(dest, split).rstrip("/")
+        folder = _folder(dest, split)
         _save_manifest(Manifest(folder, tuple(of_split), class_names(listing)), files.join(folder, "manifest.json"))
     tars = [
         (s, shard.samples) for split, of in made.items() for shard in of for s in [f"{split}/{shard.path}".lstrip("/")]
     ]
     files.write(files.join(dest, CONTACT_SHEET), contact_sheet(dest, tars, class_names(listing), seed))
     labels.pop("", None)
-    return {
+    counts = {
         "found": found,
         "packed": packed,
         "rejected": rejected,
@@ -80,6 +100,20 @@ def finish(
         "ignored": listing.summary["ignored"],
         "remarks": remarks,
     }
+    if reasons.keys() & set(FAILED):  # a retry may add to them
+        counts["labels"] = sorted(labels)
+    return counts
+
+
+def _folder(dest: str, split: str) -> str:
+    return files.join(dest, split).rstrip("/")
+
+
+def _lines_without(numbers: list[int], dest: str) -> list[dict[str, Any]]:
+    """The lines of rejected.jsonl but for those of these images."""
+    retried = set(numbers)
+    lines = map(json.loads, files.read(files.join(dest, "rejected.jsonl")).splitlines())
+    return [line for line in lines if line.get("number") not in retried]
 
 
 def class_names(listing: Listing) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pipeline.files import is_remote
 from pipeline.pixels.formats import EXTENSIONS as IMAGE_EXTENSIONS
 from pipeline.progress import Progress
 from pipeline.sources.index import LABEL_EXTENSION
@@ -57,6 +58,7 @@ class Survey:
     with_sidecars: int = 0  # images that have some
     first_with_sidecars: str = ""
     own_labels: int = 0  # images that have a .cls
+    urls: bool = False  # whether some names are URLs, as in lists
     remarks: dict[str, list[Any]] = field(default_factory=dict)  # what to tell -> how often it was seen, the first time
     # What tells the folders of img2dataset: a file that it puts beside them; names of images that begin with the name
     # of their folder; its first folders, with images that have a number for a name.
@@ -83,6 +85,7 @@ class Survey:
             self.labels.update(dict.fromkeys([image.label] if isinstance(image.label, str) else image.label))
             return
         folders = image.name.split("/")[:-1]
+        self.urls |= is_remote(image.name)
         self.depths[len(folders)] += 1
         if self.root is None:
             self.root = folders
@@ -115,6 +118,8 @@ class Survey:
         when labels come from elsewhere, or when the folders are something else."""
         depth = len(self.root or [])
         if self.labels or depth >= len(self.folders) or self.depths[depth] or len(self.folders[depth]) > MOST_CLASSES:
+            return -1
+        if self.urls and depth < 3:  # "http:", "", the host: hosts are no classes
             return -1
         example = f"{min(self.folders[depth])} of {len(self.folders[depth]):,}"
         if self._is_img2dataset(depth):

@@ -74,17 +74,26 @@ def _start_worker(counters: "ctypes.Array[ctypes.c_longlong]") -> None:
 
 
 def run(
-    work: Callable[[Any], int], tasks: Iterable[Any], *, what: str, workers: int, scheduler: str, total: int, done: int
+    work: Callable[[Any], shard.TaskDone],
+    tasks: Iterable[Any],
+    *,
+    what: str,
+    workers: int,
+    scheduler: str,
+    total: int,
+    done: int,
+    check: Callable[[shard.TaskDone], None] | None = None,
 ) -> None:
-    """Does all tasks; `work` returns how many images a task was. `total` and `done` are images, for the bar.
+    """Does all tasks. `total` and `done` are images, for the bar.
 
-    On an error the tasks in work are finished, no further ones begun, and it is raised.
+    On an error, of a task or of `check`, which sees what came of each, the tasks in work are finished, no further ones
+    begun, and it is raised.
     """
     waiting = iter(tasks)
     error: BaseException | None = None
     with executor(workers, scheduler) as (pool, count, counters), Progress(what, total, done=done) as progress:
         start, finished_images = time.monotonic(), 0
-        running: set[futures.Future[int]] = set()
+        running: set[futures.Future[shard.TaskDone]] = set()
         while True:
             while error is None and len(running) < count + AHEAD and (task := next(waiting, None)) is not None:
                 try:
@@ -96,10 +105,12 @@ def run(
                 break
             finished, running = futures.wait(running, timeout=0.5, return_when=futures.FIRST_COMPLETED)
             for future in finished:
-                if (failure := future.exception()) is not None:
+                try:
+                    finished_images += future.result().images
+                    if check is not None:
+                        check(future.result())
+                except BaseException as failure:
                     error = error or failure
-                else:
-                    finished_images += future.result()
             if counters is None:
                 progress.advance(done + finished_images - progress.done)
             else:

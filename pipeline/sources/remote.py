@@ -8,6 +8,7 @@ comes back short goes on where it ended. So a busy or flaky server costs time, n
 
 import contextlib
 import functools
+import inspect
 import os
 import random
 import threading
@@ -50,18 +51,19 @@ def _filesystem(protocol: str, anonymous: bool = False) -> Any:
     if anonymous:
         options |= WITHOUT_CREDENTIALS.get(protocol, {})
     try:
-        return fsspec.filesystem(protocol, **options)
+        kind = fsspec.get_filesystem_class(protocol)
+        inspect.signature(kind.__init__).bind(None, **options)  # before there is half a one, which complains at its end
+        return kind(**options)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         remedy = f"`pip install -e '.[{extra}]'`" if extra else f"install it ({error})"
         raise ValueError(f"{protocol}:// needs a package that is not installed: {remedy}") from None
-    except ValueError:
-        raise ValueError(
-            f"{protocol}:// is not a kind of URL that fsspec knows; s3, gs, http, https and hf are"
-        ) from None
+    except (ValueError, TypeError):  # TypeError: it takes a host, as ftp does, and would be one for each host
+        raise ValueError(f"{protocol}:// is not a kind of URL that is read; s3, gs, http, https and hf are") from None
 
 
-def _split(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. ValueError when there is none for such a URL."""
     bare = url.removeprefix(ANONYMOUS)
     filesystem = _filesystem(bare.partition("://")[0], bare != url)
     return filesystem, filesystem._strip_protocol(bare)
@@ -108,15 +110,17 @@ def _remedy(url: str) -> str:
     return "check the address" if url.startswith(ANONYMOUS) else "check the address and your credentials"
 
 
-def tries(url: str, stop: threading.Event | None = None) -> Iterator[bool]:
-    """How often all of the program asks a server: TRIES times, with growing pauses. Yields whether this is the last.
+def tries(url: str, stop: threading.Event | None = None, *, times: int = 0) -> Iterator[bool]:
+    """How often all of the program asks a server: TRIES times, or `times`, with growing pauses. Yields whether this is
+    the last.
 
     InterruptedError, which names `url`, when `stop` is set during a pause.
     """
-    for attempt in range(TRIES):
-        yield attempt == TRIES - 1
+    times = times or TRIES
+    for attempt in range(times):
+        yield attempt == times - 1
         pause = min(0.2 * 2**attempt, 15) * random.uniform(0.5, 1)
-        if attempt < TRIES - 1 and (stop or threading.Event()).wait(pause):
+        if attempt < times - 1 and (stop or threading.Event()).wait(pause):
             raise InterruptedError(f"{url}: closed while fetching")
 
 
@@ -126,13 +130,13 @@ def reason(error: object) -> str:
 
 def read_whole(url: str, stop: threading.Event | None = None) -> bytes:
     """A small file."""
-    filesystem, path = _split(url)
+    filesystem, path = file_system(url)
     return retry(url, lambda: filesystem.cat_file(path), stop)
 
 
 def stat(url: str) -> tuple[int, str]:
     """Bytes, and a stamp that changes with the content as far as the server tells (ETag, date). FileNotFoundError."""
-    filesystem, path = _split(url)
+    filesystem, path = file_system(url)
     info = retry(url, lambda: filesystem.info(path))
     if info.get("type") == "directory" or info.get("size") is None:
         raise ValueError(f"{url}: the server tells no size for it; is it a file?")
@@ -157,7 +161,7 @@ def _stamp(info: dict[str, Any]) -> str:
 
 def listing(folder: str, suffix: str) -> list[tuple[str, int, str]]:
     """(name, bytes, stamp) of the files directly in `folder` whose names end so, sorted. [] when there is nothing."""
-    filesystem, path = _split(folder.rstrip("/") + "/")
+    filesystem, path = file_system(folder.rstrip("/") + "/")
     try:
         entries = retry(folder, lambda: filesystem.ls(path, detail=True))
     except FileNotFoundError:
@@ -177,7 +181,7 @@ def listing(folder: str, suffix: str) -> list[tuple[str, int, str]]:
 
 def glob(pattern: str) -> list[str]:
     """URLs that match, sorted."""
-    filesystem, path = _split(pattern)
+    filesystem, path = file_system(pattern)
     names = retry(pattern, lambda: filesystem.glob(path))
     return sorted(name if "://" in name else f"{pattern.partition('://')[0]}://{name}" for name in names)
 
@@ -215,7 +219,7 @@ class Fetcher:
 
     def _range(self, url: str, start: int, end: int, size: int, descriptor: int) -> bool:
         """Bytes [start, end) into the file; True when the server sent all of it instead."""
-        filesystem, path = _split(url)
+        filesystem, path = file_system(url)
 
         def request() -> bytes:
             if self._stop.is_set():
