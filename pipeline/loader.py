@@ -13,11 +13,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels import views as view_parameters
 from pipeline.pixels.decode import MAX_PIXELS
+
+if __name__ == "__main__":
+    # Before torch and DALI, whose import takes seconds: --help and a mistyped flag answer at once.
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m pipeline.loader",
+        description="Runs the loader alone; prints images/s, the time of each stage, and which is the bottleneck.",
+    )
+    add = parser.add_argument
+    add("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
+    add("--batch_size", type=int, required=True, help="images in a step, over all ranks")
+    add("--steps", type=int, default=None, help="batches to load; when left out one epoch")
+    add("--views", default="v2", choices=view_parameters.RECIPES, help="augmentation recipe")
+    add("--image_size", type=int, default=224, help="side of a view in pixels")
+    add("--crop_min", type=float, default=0.2, help="smallest share of the image's area in a random crop")
+    add("--seed", type=int, default=0, help="seed of order and views")
+    add("--world_size", type=int, default=1, help="number of ranks that share the batches")
+    add("--rank", type=int, default=0, help="which of them this command is: it loads that rank's share of each batch")
+    add("--device", default="cpu", help="where the views are made: cpu or cuda:0")
+    add("--num_threads", type=int, default=None, help="decoding threads; when left out all cores")
+    add("--read_only", action="store_true", help="read and screen only, without decoding")
+    add("--quarantine", default=None, help="file that bad samples are written to")
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more than this share of the images is bad")
+    add("--max_pixels", type=int, default=MAX_PIXELS, help="an image with more pixels is a bad sample")
+    add_cache_flags(parser)
+    ARGUMENTS = parser.parse_args()
+
+import torch
+
 from pipeline.pixels.graph import Graph, lend
 from pipeline.progress import track
 from pipeline.reading.ahead import Decoding, Item, ShardsAhead
@@ -223,33 +251,11 @@ def usual_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def main() -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m pipeline.loader",
-        description="Runs the loader alone; prints images/s, the time of each stage, and which is the bottleneck.",
-    )
-    parser.add_argument("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
-    parser.add_argument("--batch_size", type=int, required=True, help="images a step")
-    parser.add_argument("--steps", type=int, default=None, help="batches to load; one epoch unless told")
-    parser.add_argument("--views", default="v2", choices=view_parameters.RECIPES, help="recipe of the views")
-    parser.add_argument("--image_size", type=int, default=224, help="side of the views, pixels")
-    parser.add_argument("--crop_min", type=float, default=0.2, help="smallest share of an image's area in a crop")
-    parser.add_argument("--seed", type=int, default=0, help="of order and views")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda:0")
-    parser.add_argument("--num_threads", type=int, default=None, help="decoding threads; all cores unless told")
-    parser.add_argument("--read_only", action="store_true", help="read and screen only, without decoding")
-    parser.add_argument("--quarantine", default=None, help="file that bad samples are written to")
-    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad samples that ends the run")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="a larger image is a bad sample")
-    add_cache_flags(parser)
-    parsed = parser.parse_args()
-    options = parsed.as_dict()
+def main(arguments: Any) -> None:
+    options = arguments.as_dict()
     data, steps, read_only, *_ = (options.pop(n) for n in ("data", "steps", "read_only", "cache_dir", "cache_gb"))
-
-    loader = Loader(open_source(data, **cache_arguments(parsed)), **options)
-    steps = steps or loader.steps_per_epoch
+    loader = Loader(open_source(data, **cache_arguments(arguments)), **options)
+    steps, share = steps or loader.steps_per_epoch, loader.batch_size // loader.world_size
     batches: Iterator[Any] = loader._items(0) if read_only else loader
     next(batches)  # not part of the time: the graph is built, kernels are compiled, indexes are read
     loader.timings()
@@ -259,8 +265,8 @@ def main() -> None:
     if options["device"] != "cpu":
         torch.cuda.synchronize()
     seconds, processor = time.perf_counter() - began, time.process_time() - processor
-    spent, images = loader.timings(), steps * loader.batch_size
-    print(f"{images / seconds:,.0f} images/s: {steps} batches of {loader.batch_size} in {seconds:.1f} s")
+    spent, images = loader.timings(), steps * share
+    print(f"{images / seconds:,.0f} images/s: {steps} batches of {share} in {seconds:.1f} s")
     for name, value in {**spent, "cpu": processor}.items():
         if name != "elapsed" and value > 0:
             print(f"  {name:8} {value:8.2f} s  {1e6 * value / images:8.1f} us/image")
@@ -270,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(lambda: main(ARGUMENTS))

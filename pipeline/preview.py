@@ -6,15 +6,37 @@ The samples and views are those of the first step of `--epoch` of a run with thi
 """
 
 from pathlib import Path
+from typing import Any
+
+from pipeline.command import add_cache_flags, cache_arguments, command
+from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
+
+if __name__ == "__main__":
+    # Before torch and DALI, whose import takes seconds: --help and a mistyped flag answer at once.
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m pipeline.preview",
+        description="Draws what the encoder will see: originals, both views, and the parameters of each view.",
+    )
+    add = parser.add_argument
+    add("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
+    add("--output", required=True, help="the picture to write, .png")
+    add("--views", default="v2", choices=RECIPES, help="augmentation recipe")
+    add("--count", type=int, default=6, help="number of images on the sheet")
+    add("--image_size", type=int, default=224, help="side of a view in pixels")
+    add("--crop_min", type=float, default=0.2, help="smallest share of the image's area in a random crop")
+    add("--seed", type=int, default=0, help="seed of order and views")
+    add("--epoch", type=int, default=0, help="epoch whose first images are shown")
+    add_cache_flags(parser)
+    ARGUMENTS = parser.parse_args()
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels.decode import picture
 from pipeline.pixels.graph import Graph, lend
-from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader
 from pipeline.sources.manifest import CachePlace
@@ -109,28 +131,12 @@ def _to_bytes(view: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...
     return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def main() -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m pipeline.preview",
-        description="Draws what the encoder will see: originals, both views, and the parameters of each view.",
-    )
-    parser.add_argument("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
-    parser.add_argument("--output", required=True, help="the picture to write, .png")
-    parser.add_argument("--views", default="v2", choices=RECIPES, help="recipe of the views")
-    parser.add_argument("--count", type=int, default=6, help="samples on the sheet")
-    parser.add_argument("--image_size", type=int, default=224, help="side of the views, pixels")
-    parser.add_argument("--crop_min", type=float, default=0.2, help="smallest share of an image's area in a crop")
-    parser.add_argument("--seed", type=int, default=0, help="of order and views")
-    parser.add_argument("--epoch", type=int, default=0, help="whose first samples are shown")
-    add_cache_flags(parser)
-    parsed = parser.parse_args()
-    options = parsed.as_dict()
+def main(arguments: Any) -> None:
+    options = arguments.as_dict()
     data, output, *_ = (options.pop(name) for name in ("data", "output", "cache_dir", "cache_gb"))
-    preview(data, output, **options, **cache_arguments(parsed))
+    preview(data, output, **options, **cache_arguments(arguments))
     print(output)
 
 
 if __name__ == "__main__":
-    command(main)
+    command(lambda: main(ARGUMENTS))

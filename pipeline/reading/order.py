@@ -101,7 +101,7 @@ class Order:
                 f"batch_size {self.batch_size} is not divisible by {world_size} ranks: use a multiple of {world_size}"
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size}")
+            raise ValueError(f"rank {rank} of {world_size}: ranks count from 0 to {world_size - 1}")
         if not 0 <= step < self.steps_per_epoch or epoch < 0:
             raise ValueError(f"epoch {epoch}, step {step}: an epoch has steps 0 to {self.steps_per_epoch - 1}")
         share = self.batch_size // world_size
