@@ -53,17 +53,18 @@ class Options:
 def prepare(data: bytes, name: str, options: Options, remark: Remark = ignore) -> tuple[bytes, str]:
     """The bytes to pack and their extension: `data` itself unless it is to be shrunk or converted.
 
-    Raises Rejected when it is not an image, is damaged, too large or too small. Without verification it still has to
-    begin as an image does: a list may name any file. An image that has to be encoded again comes out upright, in sRGB,
-    without metadata.
+    Raises Rejected when it is not an image, is damaged, too large or too small. Without verification only damage is
+    let through: a list may name any file, and a few bytes may announce gigabytes of pixels, as their header tells. An
+    image that has to be encoded again comes out upright, in sRGB, without metadata.
     """
     extension = sniff(data)
-    if extension and options.no_verify and not (options.min_side or options.short_side or options.convert):
-        return data, extension
     encoded = np.frombuffer(data, np.uint8)
+    only_header = options.no_verify and not (options.min_side or options.short_side or options.convert)
     try:
         # Of a PNG this reads every byte, for its checksums: that is verification.
         usual = (extension == "jpg" or not options.no_verify) and inspect(encoded, options.max_pixels) is not None
+        if only_header and usual:
+            return data, extension
         image = open_image(encoded, options.max_pixels)
         width, height = image.size
         if min(width, height) < options.min_side:
@@ -73,7 +74,8 @@ def prepare(data: bytes, name: str, options: Options, remark: Remark = ignore) -
         if not options.no_verify:
             check_decodes(image, usual=usual, remark=remark)
     except BadImage as error:
-        raise Rejected(error.reason, error.detail) from None
+        if not (only_header and error.reason == "does not decode"):
+            raise Rejected(error.reason, error.detail) from None
     return data, extension
 
 

@@ -304,9 +304,28 @@ def test_size_limits(image_folder: Path, tmp_path: Path) -> None:
 
 def test_unverified_shards_hold_everything(troublesome: list[Path], tmp_path: Path) -> None:
     summary = make(troublesome[0].parent.parent, tmp_path / "d", options=Options(no_verify=True))
-    assert summary["reasons"] == {"empty file": 1, "not an image": 1}
+    assert summary["reasons"] == {"too many pixels": 3, "empty file": 1, "not an image": 1}
     originals = {p.read_bytes() for p in troublesome}
     assert {image_of(s) for s in samples_of(tmp_path / "d")} <= originals
+
+
+def test_without_verification_headers_are_looked_at(image_folder: Path, tmp_path: Path) -> None:
+    """Damage is let through; what is no image, or is of no use whatever follows the header, is not."""
+    photo = next(image_folder.rglob("*.jpg")).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(photo[: len(photo) // 2])
+    (tmp_path / "in_header.jpg").write_bytes(photo[:20])
+    frame = b"," + (60_000).to_bytes(2, "little") * 2
+    bomb = b"GIF89a\1\0\1\0\0\0\0," + bytes(4) + frame[1:] + b"\0\2\2L\1\0;"
+    (tmp_path / "bomb.gif").write_bytes(bomb)
+    ramp = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)
+    Image.fromarray(ramp).save(tmp_path / "float.tif")
+    Image.fromarray((ramp * 1e6).astype(np.int32)).save(tmp_path / "int32.tif")
+    (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n")
+    names = ["/etc/passwd", "/proc/self/environ", *(path.name for path in sorted(tmp_path.iterdir()))]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    summary = make(tmp_path / "list.txt", tmp_path / "d", options=Options(no_verify=True))
+    assert summary["reasons"] == {"not an image": 3, "no black and white": 2, "too many pixels": 1}
+    assert {image_of(s) for s in samples_of(tmp_path / "d")} == {photo[: len(photo) // 2], photo[:20]}
 
 
 def test_a_finished_destination(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
