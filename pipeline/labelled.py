@@ -4,7 +4,7 @@ The same reading, screening, DALI graph and view arithmetic as in pre-training; 
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,11 +26,25 @@ EVAL_SHARDS_AHEAD = 4  # on their way from a remote source while one is read fro
 
 
 class LabelledBatch(NamedTuple):
-    """One view of n images, [n, 3, S, S]; labels int64 [n], -1 where unknown; ids int64 [n]; all on the device."""
+    """One view of n images, [n, 3, S, S]; labels int64 [n], -1 where unknown; ids int64 [n]; where asked for, further
+    augmented views, [n, 3, S, S] each; all on the device."""
 
     images: torch.Tensor
     labels: torch.Tensor
     sample_ids: torch.Tensor
+    augmented: tuple[torch.Tensor, ...] = ()
+
+
+class Augmented(NamedTuple):
+    """So many views of each image as pre-training makes them; those of one seed are always the same."""
+
+    number: int
+    recipe: str = "v2"  # one of views.RECIPES
+    crop_min: float = 0.2
+    seed: int = 0
+
+
+NOT_AUGMENTED = Augmented(0)
 
 
 def eval_batches(
@@ -48,28 +62,38 @@ def eval_batches(
     max_bad_fraction: float = 0.01,
     cache_dir: str | None = None,
     cache_bytes: int | None = None,
+    ranges: Sequence[range] | None = None,
+    augmented: Augmented = NOT_AUGMENTED,
 ) -> Iterator[LabelledBatch]:
     """Every sample once over the ranks, in the order of the ids: short side to `resize`, central crop of `image_size`.
 
     `batch_size` is this rank's; the last batch may be smaller. Bad samples are left out, and said so; ValueError past
-    `max_bad_fraction`. The cache is the source's unless given.
+    `max_bad_fraction`. The cache is the source's unless given. `ranges`: only these ids, all on this rank, no batch
+    reaching from one range into the next. `augmented`: these views of each image too.
     """
     storage = storage_for(source, cache_dir, cache_bytes)
     reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
-    begin, end = source.samples * rank // world_size, source.samples * (rank + 1) // world_size
+    if ranges is None:
+        ranges = [range(source.samples * rank // world_size, source.samples * (rank + 1) // world_size)]
+    lows = [(low, min(low + batch_size, ids.stop)) for ids in ranges for low in range(ids.start, ids.stop, batch_size)]
     shards = [(m, s) for m, manifest in enumerate(source.manifests) for s in range(len(manifest.shards))]
     remote = any_remote(source)
     first = np.cumsum([0] + [len(manifest.shards) for manifest in source.manifests])  # of each manifest, in `shards`
 
     def with_view(samples: Samples) -> Item:
-        rows = views.center_crops(samples.heights, samples.widths, image_size=image_size, resize=resize)
-        lent = lend(samples.encoded, [rows], image_size=image_size, device=device)
+        rows = [views.center_crops(samples.heights, samples.widths, image_size=image_size, resize=resize)]
+        sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
+        for view in range(augmented.number):
+            keys: dict[str, Any] = {"epochs": samples.draw.epochs, "sample_ids": samples.draw.sample_ids, "view": view}
+            keys |= {"seed": augmented.seed, "crop_min": augmented.crop_min}
+            rows.append(views.sample_views(augmented.recipe, **keys, **sizes))
+        lent = lend(samples.encoded, rows, image_size=image_size, device=device)
         return Item(samples, lent, reader.labels(samples.draw))
 
     def items() -> Iterator[Item]:
         reached = -1
-        for low in range(begin, end, batch_size):
-            draw = draw_of_ids(source, np.arange(low, min(low + batch_size, end), dtype=np.int64))
+        for low, high in lows:
+            draw = draw_of_ids(source, np.arange(low, high, dtype=np.int64))
             at = int(first[draw.manifest[0]] + draw.shard[0])
             if remote and at != reached:
                 reached = at
@@ -83,7 +107,17 @@ def eval_batches(
 
     try:
         yield from _decoded(
-            items(), decode_with_pillow, reader, storage, batch_size, image_size, mean_std, device, dtype, num_threads
+            items(),
+            decode_with_pillow,
+            reader,
+            storage,
+            batch_size,
+            image_size,
+            mean_std,
+            device,
+            dtype,
+            num_threads,
+            num_views=1 + augmented.number,
         )
     finally:
         if reader.bad:
@@ -167,11 +201,12 @@ def _decoded(
     device: str,
     dtype: torch.dtype,
     num_threads: int | None,
+    num_views: int = 1,
 ) -> Iterator[LabelledBatch]:
     def make_graph(feed: Any) -> Graph:
         return Graph(
             feed,
-            num_views=1,
+            num_views=num_views,
             image_size=image_size,
             batch_size=batch_size,
             device=device,
@@ -185,12 +220,13 @@ def _decoded(
     try:
         while True:
             try:
-                item, (images,) = decoding.next()
+                item, (images, *augmented) = decoding.next()
             except StopIteration:
                 return
             assert item.labels is not None
             labels, ids = torch.from_numpy(item.labels), torch.from_numpy(item.samples.draw.sample_ids)
-            yield LabelledBatch(images, labels.to(device, non_blocking=True), ids.to(device, non_blocking=True))
+            labels, ids = labels.to(device, non_blocking=True), ids.to(device, non_blocking=True)
+            yield LabelledBatch(images, labels, ids, tuple(augmented))
     finally:
         decoding.close()
         reader.close()

@@ -24,8 +24,8 @@ from pipeline.sources.opening import open_source
 from recipe import Recipe
 
 COMMANDS = (
-    "pipeline.loader", "pipeline.manifest", "pipeline.order", "pipeline.preview", "transfer.gallery", "transfer.knn",
-    "transfer.linear", "transfer.report",
+    "pipeline.loader", "pipeline.manifest", "pipeline.order", "pipeline.preview", "transfer.embed", "transfer.gallery",
+    "transfer.knn", "transfer.linear", "transfer.report",
 )  # fmt: skip
 OPENED_BY = {"trainer/build.py": "the recipe has both as fields"}
 SMALL: dict[str, Any] = {"image_size": 32, "batch_size": 10, "num_threads": 1}

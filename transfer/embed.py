@@ -1,0 +1,93 @@
+"""Features of every image of a source, for whatever comes after: kNN, classifiers, neighbours, other libraries.
+
+    python -m transfer.embed --run runs/photos --data shards/photos --output features/photos
+
+Every image, resized and centre-cropped, goes through the encoder in eval mode once, and with `--views N` as many
+augmented views of it. `transfer/embedding.py` says what is then in the folder. Under torchrun or `accelerate launch`
+the ranks share the images. The same command goes on where it was killed.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from pipeline.command import add_cache_flags, cache_arguments, command
+
+
+def parse() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.embed",
+        description="Features of every image of a source as .npy and a table; the last line is one JSON object.",
+    )
+    add = parser.add_argument
+    add("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
+    add("--data", type=str, required=True, help="source to embed (folder of shards, URL, card); labels are optional")
+    add("--output", type=Path, required=True, help="folder of the features, which all machines see")
+    add(
+        "--features",
+        type=Literal["backbone", "head"],
+        default="backbone",
+        help="the backbone's pooled output, or the head's",
+    )
+    add(
+        "--views", type=NonNegativeInt, default=0, help="augmented views of each image to embed as well, as in training"
+    )
+    add("--image_size", type=PositiveInt | None, help="side of the centre crop; the recipe's when left out")
+    add(
+        "--resize",
+        type=PositiveInt | None,
+        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
+    )
+    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
+    add("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; features are always fp32")
+    add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add("--seed", type=int, default=0, help="decides the augmented views")
+    add("--untrained", action="store_true", help="the same encoder as it was initialised")
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    # Not before: torch takes seconds, and --help and a mistyped flag answer at once.
+    from pipeline.sources.opening import open_source
+    from trainer.joining import joined
+    from transfer.features import embed_source
+    from transfer.load import load_encoder
+
+    started = time.monotonic()
+    loaded = load_encoder(args.run, untrained=args.untrained)
+    source = open_source(args.data, **cache_arguments(args))
+    with joined() as ranks:
+        about, embedded = embed_source(
+            loaded,
+            source,
+            args.output,
+            features=args.features,
+            views=args.views,
+            image_size=args.image_size,
+            resize=args.resize,
+            batch_size=args.batch_size,
+            precision=args.precision,
+            num_threads=args.num_threads,
+            seed=args.seed,
+            notes={"run": loaded.name, "step": loaded.step, "data": args.data, "untrained": args.untrained},
+            ranks=ranks,
+            progress=True,
+        )
+    if ranks.rank == 0:
+        if not embedded:
+            print(f"{args.output} was whole already", file=sys.stderr)
+        seconds = time.monotonic() - started
+        result = {name: about[name] for name in ("samples", "dimensions", "views", "features", "run", "step")}
+        result |= {"left_out": about["in_source"] - about["samples"], "output": str(args.output)}
+        print(json.dumps(result | {"images_now": embedded, "seconds": round(seconds, 1)}))
+
+
+if __name__ == "__main__":
+    command(main, resumes=True)
