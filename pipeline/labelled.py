@@ -26,13 +26,11 @@ EVAL_SHARDS_AHEAD = 4  # on their way from a remote source while one is read fro
 
 
 class LabelledBatch(NamedTuple):
-    """One view of n images, [n, 3, S, S]; labels int64 [n], -1 where unknown; ids int64 [n]; where asked for, further
-    augmented views, [n, 3, S, S] each; all on the device."""
+    """One view of n images, [n, 3, S, S]; labels int64 [n], -1 where unknown; ids int64 [n]; all on the device."""
 
     images: torch.Tensor
     labels: torch.Tensor
     sample_ids: torch.Tensor
-    augmented: tuple[torch.Tensor, ...] = ()
 
 
 class Augmented(NamedTuple):
@@ -63,19 +61,56 @@ def eval_batches(
     cache_dir: str | None = None,
     cache_bytes: int | None = None,
     ranges: Sequence[range] | None = None,
-    augmented: Augmented = NOT_AUGMENTED,
 ) -> Iterator[LabelledBatch]:
     """Every sample once over the ranks, in the order of the ids: short side to `resize`, central crop of `image_size`.
 
     `batch_size` is this rank's; the last batch may be smaller. Bad samples are left out, and said so; ValueError past
     `max_bad_fraction`. The cache is the source's unless given. `ranges`: only these ids, all on this rank, no batch
-    reaching from one range into the next. `augmented`: these views of each image too.
+    reaching from one range into the next.
     """
+    batches = augmented_batches(
+        source,
+        NOT_AUGMENTED,
+        image_size=image_size,
+        resize=resize,
+        batch_size=batch_size,
+        mean_std=mean_std,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        dtype=dtype,
+        num_threads=num_threads,
+        max_bad_fraction=max_bad_fraction,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+        ranges=ranges,
+    )
+    yield from (batch for batch, _ in batches)
+
+
+def augmented_batches(
+    source: Source,
+    augmented: Augmented,
+    *,
+    image_size: int,
+    resize: int,
+    batch_size: int,
+    mean_std: MeanStd = views.IMAGENET,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_threads: int | None = None,
+    max_bad_fraction: float = 0.01,
+    cache_dir: str | None = None,
+    cache_bytes: int | None = None,
+    ranges: Sequence[range] | None = None,
+) -> Iterator[tuple[LabelledBatch, tuple[torch.Tensor, ...]]]:
+    """As `eval_batches`, and with each batch its augmented views: [n, 3, S, S] each."""
     storage = storage_for(source, cache_dir, cache_bytes)
     reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
     if ranges is None:
         ranges = [range(source.samples * rank // world_size, source.samples * (rank + 1) // world_size)]
-    lows = [(low, min(low + batch_size, ids.stop)) for ids in ranges for low in range(ids.start, ids.stop, batch_size)]
     shards = [(m, s) for m, manifest in enumerate(source.manifests) for s in range(len(manifest.shards))]
     remote = any_remote(source)
     first = np.cumsum([0] + [len(manifest.shards) for manifest in source.manifests])  # of each manifest, in `shards`
@@ -92,8 +127,8 @@ def eval_batches(
 
     def items() -> Iterator[Item]:
         reached = -1
-        for low, high in lows:
-            draw = draw_of_ids(source, np.arange(low, high, dtype=np.int64))
+        for low, end in ((low, ids.stop) for ids in ranges for low in range(ids.start, ids.stop, batch_size)):
+            draw = draw_of_ids(source, np.arange(low, min(low + batch_size, end), dtype=np.int64))
             at = int(first[draw.manifest[0]] + draw.shard[0])
             if remote and at != reached:
                 reached = at
@@ -172,9 +207,10 @@ def train_batches(
         return with_view(reader.decode_with_pillow(item.samples))
 
     share = batch_size // world_size
-    yield from _decoded(
+    batches = _decoded(
         items(), decode_with_pillow, reader, storage, share, image_size, mean_std, device, dtype, num_threads
     )
+    yield from (batch for batch, _ in batches)
 
 
 def read_labels(source: Source, *, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
@@ -202,7 +238,7 @@ def _decoded(
     dtype: torch.dtype,
     num_threads: int | None,
     num_views: int = 1,
-) -> Iterator[LabelledBatch]:
+) -> Iterator[tuple[LabelledBatch, tuple[torch.Tensor, ...]]]:
     def make_graph(feed: Any) -> Graph:
         return Graph(
             feed,
@@ -220,13 +256,13 @@ def _decoded(
     try:
         while True:
             try:
-                item, (images, *augmented) = decoding.next()
+                item, (images, *others) = decoding.next()
             except StopIteration:
                 return
             assert item.labels is not None
             labels, ids = torch.from_numpy(item.labels), torch.from_numpy(item.samples.draw.sample_ids)
             labels, ids = labels.to(device, non_blocking=True), ids.to(device, non_blocking=True)
-            yield LabelledBatch(images, labels, ids, tuple(augmented))
+            yield LabelledBatch(images, labels, ids), tuple(others)
     finally:
         decoding.close()
         reader.close()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.labelled import NOT_AUGMENTED, Augmented, eval_batches
+from pipeline.labelled import NOT_AUGMENTED, Augmented, augmented_batches
 from pipeline.pixels.views import MeanStd
 from pipeline.sources.manifest import Source
 from transfer.load import default_resize
@@ -40,10 +40,11 @@ def feature_batches(
 ) -> Iterator[FeatureBatch]:
     """This rank's part of `source`, in the order of the ids; bad samples are left out.
 
-    embed: images fp32 [b, 3, S, S] on `device` -> [b, D]. The other arguments are those of `eval_batches`.
+    embed: images fp32 [b, 3, S, S] on `device` -> [b, D]. The other arguments are those of `augmented_batches`.
     """
-    batches = eval_batches(
+    batches = augmented_batches(
         source,
+        augmented,
         image_size=image_size,
         resize=default_resize(image_size) if resize is None else resize,
         batch_size=batch_size,
@@ -54,11 +55,10 @@ def feature_batches(
         num_threads=num_threads,
         mean_std=mean_std,
         ranges=ranges,
-        augmented=augmented,
     )
-    for batch in batches:
+    for batch, others in batches:
         with torch.no_grad():  # not around the yield: the caller may train a classifier there
             features = embed(batch.images).float()
-            views = [embed(view).float() for view in batch.augmented]
+            views = [embed(view).float() for view in others]
             stacked = torch.stack(views, dim=1) if views else features.new_empty(len(features), 0, features.shape[1])
         yield FeatureBatch(features, batch.labels, batch.sample_ids, stacked)

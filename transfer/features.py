@@ -52,12 +52,12 @@ def embed_source(
     rank, world_size, device = ranks
     size = image_size or loaded.image_size
     resize = default_resize(size) if resize is None else resize
-    crop_min = loaded.recipe.crop_min if loaded.recipe else 0.2
+    r = loaded.recipe
     module = loaded.part(features)
     settings = {
         "encoder": weights_hash(module), "fingerprint": source.fingerprint, "features": features, "views": views,
         "image_size": size, "resize": resize, "mean_std": [list(each) for each in loaded.mean_std],
-        "recipe": loaded.views, "crop_min": crop_min, "precision": precision, "seed": seed,
+        "recipe": r.views, "crop_min": r.crop_min, "precision": precision, "seed": seed,
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # jsonargparse's number types, and what is read back is compared
     ranges = split(source.samples, loaded.encoder.features * (1 + views))
@@ -86,7 +86,7 @@ def embed_source(
         device=device,
         num_threads=num_threads,
         ranges=[ranges[n] for n in mine],
-        augmented=Augmented(views, loaded.views, crop_min, seed),
+        augmented=Augmented(views, r.views, r.crop_min, seed),
     )
     images = sum(len(ranges[n]) for n in missing)
     label = "features" if progress and rank == 0 else ""
