@@ -17,11 +17,13 @@ from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.pairing import IMAGE, INNER, SIDECAR, Members, images_of
 from pipeline.packing.survey import ListedImage, Survey, extension, is_image_name
-from pipeline.sources.tar import walk_tar
+from pipeline.sources.tar import BLOCK, walk_tar
 
 Read = Callable[[int, int], bytes]  # the bytes at an offset, of a size
 SYNSET = re.compile(r"n\d{8}")  # ImageNet's class tars, when they lie side by side
 MOST_NAMED = 20  # damaged archives in one error
+UNENDED = "tars have no mark of their end: they were cut short there, or their writer left it out"
+SPARSE = "members are sparse files, whose bytes are not all in the tar: write it without `--sparse`"
 
 
 def several(archives: list[str], survey: Survey) -> Iterator[ListedImage]:
@@ -29,23 +31,30 @@ def several(archives: list[str], survey: Survey) -> Iterator[ListedImage]:
 
     ValueError at the end that names all archives which are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
+    unended: list[str] = []
     for place in archives:
         with _opened(place) as file:
             try:
                 if place.lower().endswith(".zip"):
                     yield from _zip(place, file, survey)
                 else:
-                    yield from _tar_file(place, file, survey)
+                    yield from _tar_file(place, file, survey, unended)
             except ValueError as error:
                 damaged.append(str(error))
     if damaged:
-        more = f"; and {len(damaged) - MOST_NAMED:,} more" if len(damaged) > MOST_NAMED else ""
-        raise ValueError("; ".join(damaged[:MOST_NAMED]) + more)
+        raise ValueError(_joined(damaged, "; "))
+    if unended:
+        survey.remark(UNENDED, _joined(unended, ", "), len(unended))
     if archives:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
             manifest = json.loads(files.read(posixpath.join(posixpath.dirname(archives[0]), "manifest.json")))
             survey.classes = [str(name) for name in manifest["classes"]]
+
+
+def _joined(told: list[str], mark: str) -> str:
+    more = f"{mark}and {len(told) - MOST_NAMED:,} more" if len(told) > MOST_NAMED else ""
+    return mark.join(told[:MOST_NAMED]) + more
 
 
 @contextlib.contextmanager
@@ -81,22 +90,24 @@ def _zip(place: str, file: BinaryIO, survey: Survey) -> Iterator[ListedImage]:
     yield from images_of(members, _absolute(place), survey, _no_inner, masks=False)
 
 
-def _tar_file(place: str, file: BinaryIO, survey: Survey) -> Iterator[ListedImage]:
+def _tar_file(place: str, file: BinaryIO, survey: Survey, unended: list[str]) -> Iterator[ListedImage]:
     def read(offset: int, size: int) -> bytes:
         file.seek(offset)
         return file.read(size)
 
     stem = posixpath.basename(place)[:-4]
     label = stem if SYNSET.fullmatch(stem) else None
-    yield from _tar(place, read, 0, file.seek(0, 2), "", label, survey)
+    yield from _tar(place, read, 0, file.seek(0, 2), "", label, survey, unended)
 
 
 def _tar(
-    place: str, read: Read, begin: int, end: int, above: str, label: str | None, survey: Survey
+    place: str, read: Read, begin: int, end: int, above: str, label: str | None, survey: Survey, unended: list[str]
 ) -> Iterator[ListedImage]:
     """The images of the tar that lies in these bytes of `place`; `label` is that of a class tar."""
     members = Members()
+    reached = begin
     for member in walk_tar(read, begin, end, place):
+        reached = member.offset + member.size
         name = member.name.removeprefix("./")
         base = posixpath.basename(name)
         if member.kind == "folder" or not base:
@@ -113,10 +124,15 @@ def _tar(
         else:
             survey.ignore(name)
 
+        if member.kind == "sparse":
+            survey.remark(SPARSE, f"{name} in {place}")
+    if end - reached < BLOCK:
+        unended.append(f"{place}, {above}" if above else place)
+
     def inner(i: int) -> Iterator[ListedImage]:
         first, size = members.offsets[i], members.sizes[i]
         stem = posixpath.basename(members.name(i)).partition(".")[0]
-        return _tar(place, read, first, first + size, f"{above}{stem}/", stem, survey)
+        return _tar(place, read, first, first + size, f"{above}{stem}/", stem, survey, unended)
 
     yield from images_of(members, _absolute(place), survey, inner, masks=True, above=above, label=label)
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import braceexpand
-
 from pipeline.files import file_system, is_remote, local_path
 from pipeline.packing import archives, lists
 from pipeline.packing.json_labels import labels_from_json
@@ -63,8 +61,7 @@ def _images(src: str, survey: Survey, exclude: str) -> Iterator[ListedImage]:
     if lower.endswith(COMPRESSED):
         raise ValueError(f"{src} is compressed, single images in it cannot be reached: unpack it to a .tar first")
     if is_pattern(src) and (is_remote(src) or not local_path(src).exists()):
-        storage = Storage()
-        names = [n for p in braceexpand.braceexpand(src) for n in storage.glob(p)]
+        names = list(Storage().glob(src))
         if image := next(filter(is_image_name, names), None):
             raise ValueError(f"{src} names images ({image}), a pattern is of archives: name their folder, or list them")
         yield from archives.several(names, survey)

@@ -245,14 +245,3 @@ def test_labels_beside_images_and_folders(tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().out
     assert "images have a .cls, so the folders of the others are no classes; the first: 0 of 2" in told
     assert "labels (.cls) belong to no image; the first: 0/gone.cls" in told
-
-
-def test_all_damaged_tars_are_named_at_once(tmp_path: Path) -> None:
-    src = tmp_path / "src"
-    for i in range(5):
-        tar = write_tar(src / f"{i}.tar", [(f"{n}.png", picture(n)) for n in range(20)])
-        if i % 2:
-            tar.write_bytes(tar.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"src/1\.tar is cut short.*; .*src/3\.tar is cut short"):
-        pack(src, tmp_path / "d")
-    assert not (tmp_path / "d").exists()
