@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# What demo.sh makes in demo/.
+DEMO := images shards run views.png neighbours.png .made_by_make_demo
+
 .PHONY: install demo test check lint clean
 
 install: .venv/installed
@@ -29,5 +32,7 @@ test: install lint
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
 
+# Only what these commands made: runs/ and shards/ are yours.
 clean:
-	rm -rf .venv demo runs
+	if [ -e .venv/installed ]; then rm -rf .venv; fi
+	if [ -e demo/.made_by_make_demo ]; then cd demo && rm -rf $(DEMO); fi

@@ -3,7 +3,12 @@
 # Everything after the first line is what a user would type on pictures of their own. Run it by `make demo`.
 set -euo pipefail
 cd "$(dirname "$0")"
-rm -rf demo && mkdir demo
+if [ -e demo ] && [ ! -e demo/.made_by_make_demo ]; then
+    echo "error: the folder demo was not made by \`make demo\`: move it away" >&2
+    exit 2
+fi
+rm -rf demo/images demo/shards demo/run demo/views.png demo/neighbours.png
+mkdir -p demo && touch demo/.made_by_make_demo
 
 echo "== 1/6 scikit-learn's digits as an image folder"
 python benchmarks/digits.py demo/images

@@ -103,6 +103,7 @@ def set_up(
 
     with all_ranks_agree(control) as facts:
         if mirror is not None:
+            resume.refuse_foreign_folder(out)
             pull(mirror.url, out)  # on machines other than rank 0's
         notes = resume.compare_recipes(out, r)
         own = ("data", "num_threads", "cache_dir")  # what a machine may have of its own

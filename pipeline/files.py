@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,10 +59,11 @@ def naming(path: str | Path) -> Iterator[None]:
 def writing_beside(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, that becomes `path` when the block ends without an error: a reader sees the old file or the
     new one, whole, whatever dies when."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process's number alone: in containers on two machines that share the folder it is often the same.
+    beside = path.with_name(f".{path.name[:200]}.{secrets.randbelow(10**18)}.tmp")
     try:
         # Images are larger than the buffer: they are not copied once more.
-        with naming(path), beside.open("wb", buffering=1 << 14) as file:
+        with naming(path), beside.open("xb", buffering=1 << 14) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

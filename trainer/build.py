@@ -23,6 +23,7 @@ from pipeline.sources.opening import open_source
 from recipe import Recipe
 from trainer.diagnosis import warnings_before
 from trainer.log import Log
+from trainer.resume import refuse_foreign_folder
 
 IN_USE_SECONDS = 120  # how long a run folder's last training may take to end
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -52,6 +53,7 @@ def lock_run_folder(out: Path) -> None:
     """Makes the run folder this process's own until it ends: two trainings in one folder would drop each other's
     metrics and checkpoints. Waits for one that is about to end; ValueError when it does not.
     """
+    refuse_foreign_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # never closed
     deadline = time.monotonic() + IN_USE_SECONDS

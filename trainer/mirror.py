@@ -26,6 +26,7 @@ import checkpoint
 from pipeline import files
 from pipeline.sources.cache import default_cache_dir, locked
 from pipeline.sources.remote import retry
+from trainer.resume import WRITTEN_OVER
 
 POINTER = "checkpoints/latest.json"
 RENEW_SECONDS = 10.0
@@ -215,6 +216,8 @@ class Mirror:
         numbers = self._numbers()
         if numbers:
             self._wait_for_end(numbers[-1])
+        elif read_pointer(self.url) is None:
+            self._refuse_foreign()
         number = (numbers[-1] if numbers else 0) + 1
         place = self._place(number)
         fs, path = files.file_system(place)
@@ -233,6 +236,14 @@ class Mirror:
         for old in numbers:
             self._remove(f"writer-{old:06d}.json")
         return number
+
+    def _refuse_foreign(self) -> None:
+        """ValueError when objects are there that a run would write over, and no run of this program has been there."""
+        saved = files.join(self.url, "checkpoints")
+        there = [name for name in retry(self.url, lambda: files.names(self.url)) if name in WRITTEN_OVER]
+        there += [f"checkpoints/{n}" for n in retry(saved, lambda: files.names(saved)) if CHECKPOINT.fullmatch(n)]
+        if there:
+            raise ValueError(f"{self.url} holds {min(there)} and no run of this program: give another --out")
 
     def _wait_for_end(self, number: int) -> None:
         """Returns when writer `number` has ended or lets its lease run out; ValueError when it renews it."""

@@ -3,6 +3,7 @@ ranks take, and the random generators.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,22 @@ import recipe as recipes
 from recipe import CHANGEABLE, Recipe
 
 PARTS = {"step", "encoder", "moco", "optimizer", "scaler", "loader", "rng", "metrics"}  # that continuing needs
+WRITTEN_OVER = (
+    "recipe.yaml", "metrics.jsonl", "quarantine.jsonl", "finished", "wandb_id", "curves.png", "trace.json",
+)  # fmt: skip
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """ValueError when `out` holds files that a run would write over, and no run of this program has been there."""
+    lock = out / ".lock"
+    if lock.is_file() and not re.match(rb"on .*, process \d+|$", lock.read_bytes()[:300]):
+        raise ValueError(f"{lock} is not of this program: give another --out, or move it away")
+    if lock.exists() or (out / ".pull").exists() or checkpoint.list_steps(out):
+        return
+    if found := [name for name in WRITTEN_OVER if (out / name).exists()]:
+        raise ValueError(
+            f"{out} holds {', '.join(found)} and no run of this program: give another --out, or move them away"
+        )
 
 
 def compare_recipes(out: Path, r: Recipe) -> list[str]:

@@ -81,6 +81,8 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
     """
     if linear is not None and format != "torchvision":
         raise ValueError("a classifier goes into the torchvision format alone")
+    if output.exists() and any(output.samefile(read) for read in (Path(run), *Path(run).glob("checkpoints/*"))):
+        raise ValueError(f"--output {output} is what the encoder is read from: name another file")
     loaded = load_encoder(run)
     print(f"note: {output}: {what_it_fits(loaded.recipe, format)}", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -150,13 +150,22 @@ def linear(
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # jsonargparse's number types would make the checkpoint unreadable
     rows, begun = list[dict[str, Any]](), 0
+    metrics = out / "metrics.jsonl"
     if (state := shared(lambda: checkpoint.load_newest(out), ranks)) is not None:
+        if not isinstance(state.get("settings"), dict):
+            raise ValueError(
+                f"{checkpoint.directory(out)} holds no checkpoints of a linear classifier: take another --out"
+            )
         if changed := [name for name, value in settings.items() if state["settings"].get(name) != value]:
             was = ", ".join(f"{name} was {state['settings'].get(name)} and is {settings[name]}" for name in changed)
             raise ValueError(f"{out} holds another experiment: {was}; take another --out, or delete it")
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         rows, begun = state["rows"], state["epoch"]
+        if rank == 0:  # a kill may have come between the checkpoint and this
+            write_rows(metrics, rows)
+    elif shared(metrics.exists, ranks):
+        raise ValueError(f"{metrics} is of no classifier that this program began: take another --out, or move it away")
     model = DistributedDataParallel(heads) if world_size > 1 else heads
     common: dict[str, Any] = {
         "image_size": size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
@@ -183,14 +192,17 @@ def linear(
             newest = rows[-len(lrs) :]
             state = {"settings": settings, "epoch": epoch + 1, "rows": rows}
             state |= {"heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
-            # First, as a kill between the two would otherwise leave the last epoch out of it for good.
-            write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
             checkpoint.save(out, state, step=epoch + 1, keep=1)
+            write_rows(metrics, rows)
             if progress:
                 said = ", ".join(f"{row['top1']:.1%} at {row['lr']:g}" for row in newest)
                 print(f"epoch {epoch + 1}/{epochs}  top-1 {said}", file=sys.stderr, flush=True)
     batches.close()  # type: ignore[attr-defined]
     return rows[-len(lrs) :]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def decay(epoch: int, epochs: int) -> float:

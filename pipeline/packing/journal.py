@@ -23,7 +23,9 @@ from pipeline.packing.plan import PlannedShard
 
 JOURNAL = ".make_shards"  # in DEST: the listing and the records of finished shards, until all are
 LISTING = ("listing.jsonl", "listing.bin", "listing.json", "job.json")  # the last one says that all are there
-OURS = r"shard-\d{6,}\.(tar|idx)|(manifest|make_shards)\.json|(rejected|duplicates)\.jsonl|contact_sheet\.png"
+SHARDS = r"shard-\d{6,}\.(tar|idx)|manifest\.json"  # in DEST, or with a holdout in DEST/train and DEST/val
+REPORTS = r"(rejected|duplicates)\.jsonl|contact_sheet\.png|make_shards\.json"  # in DEST
+OURS = f"{SHARDS}|{REPORTS}"
 
 
 @contextlib.contextmanager
@@ -72,6 +74,8 @@ def _locked(dest: Path) -> Iterator[None]:
 def _remove_leftovers(dest: Path) -> None:
     """What workers that were killed had not finished."""
     for place in (dest, dest / "train", dest / "val"):
+        if place != dest and (place / JOURNAL).exists():
+            continue  # another command may be at work there
         for left in place.glob(".*.tmp"):
             if re.fullmatch(rf"\.({OURS})\.\d+\.tmp", left.name):
                 left.unlink(missing_ok=True)
@@ -82,15 +86,15 @@ def begun(journal: Path, job: dict[str, Any], dest: str) -> Listing | None:
     records = files.join(dest, JOURNAL)
     there = files.names(records)
     before = json.loads(files.read(files.join(records, "job.json"))) if "job.json" in there else {}
-    if before == job or (before and any(name.endswith(".json") and "shard-" in name for name in there)):
+    if before == job or ("src" in before and any(name.endswith(".json") and "shard-" in name for name in there)):
         _refuse_if_changed(before, job, dest)
         return Listing(journal)
-    if not there:
-        for split in ("", "train", "val") if job["holdout"] else ("",):
-            folder = files.join(dest, split).rstrip("/")
-            if name := next((n for n in files.names(folder) if n.endswith(".tar") or re.fullmatch(OURS, n)), ""):
-                raise ValueError(f"{folder} holds {name}, which make_shards did not begin there: name another folder")
     remove_ours(dest)  # no shard is done: the mistake in the earlier command costs nothing
+    for split in ("", "train", "val") if job["holdout"] else ("",):
+        folder = files.join(dest, split).rstrip("/")
+        for name in files.names(folder):
+            if re.fullmatch(OURS, name) or (not there and name.endswith(".tar")):
+                raise ValueError(f"{folder} holds {name}, which make_shards did not begin there: name another folder")
     return None
 
 
@@ -142,19 +146,27 @@ def refuse_other_images(listing: Listing, summary: dict[str, Any], dest: str) ->
 
 
 def remove_ours(dest: str) -> None:
-    """Deletes what make_shards wrote, nothing else; killed in the middle, it can be called again."""
-    if SUMMARY not in files.names(dest) and not files.names(files.join(dest, JOURNAL)):
+    """Deletes what make_shards wrote, in the folders that the job noted in `dest` says, and nothing else; killed in the
+    middle, it can be called again."""
+    if SUMMARY in files.names(dest):
+        job = json.loads(files.read(files.join(dest, SUMMARY)))["job"]
+    elif "job.json" in files.names(files.join(dest, JOURNAL)):
+        job = json.loads(files.read(files.join(dest, f"{JOURNAL}/job.json")))
+    else:  # it was killed before its job was noted, and had packed nothing
+        remove_journal(dest)
         return
+    holdout = job.get("holdout", 0)
     files.make_folder(files.join(dest, JOURNAL))
-    files.write(files.join(dest, f"{JOURNAL}/job.json"), b"{}")  # of no job, and what is left is ours
+    files.write(files.join(dest, f"{JOURNAL}/job.json"), json.dumps({"holdout": holdout}).encode())  # of no job now
     files.remove(files.join(dest, SUMMARY))
-    for split in ("", "train", "val"):
+    ours = {"": REPORTS, "train": SHARDS, "val": SHARDS} if holdout else {"": OURS}
+    for split, pattern in ours.items():
         folder = files.join(dest, split).rstrip("/")
         there = files.names(folder)
         if split and SUMMARY in there:
             continue  # with its own, it is another command's DEST
         for name in there:
-            if re.fullmatch(OURS, name):
+            if re.fullmatch(pattern, name):
                 files.remove(files.join(folder, name))
     remove_journal(dest)
 

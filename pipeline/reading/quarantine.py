@@ -12,6 +12,7 @@ class Quarantine:
 
     Each line is {"source", "shard", "key", "sample_id", "reason"}. Writers hold a lock on the file and first read what
     others have added; `reasons` maps the known sample ids to why. With `path` None it is kept in memory only.
+    ValueError for a file that is not of this program, which is left as it is.
     """
 
     def __init__(self, path: str | Path | None, is_ours: Callable[[dict[str, object]], bool]) -> None:
@@ -44,11 +45,27 @@ class Quarantine:
         size = os.fstat(descriptor).st_size
         content = os.pread(descriptor, size - self._read_to, self._read_to) if size > self._read_to else b""
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.ftruncate(descriptor, self._read_to + whole)
+        half = content[whole:]
+        if not half.startswith(b'{"'[: len(half)]) or _is_json(half):  # a whole line without its end is not ours
+            raise ValueError(self._foreign())
         for text in content[:whole].splitlines():
-            line = json.loads(text)
-            if not self._is_ours(line):
-                continue
-            self.reasons.setdefault(int(line["sample_id"]), str(line["reason"]))
+            try:
+                line = json.loads(text)
+                if self._is_ours(line):
+                    self.reasons.setdefault(int(line["sample_id"]), str(line["reason"]))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(self._foreign()) from None
+        if half:
+            os.ftruncate(descriptor, self._read_to + whole)
         self._read_to += whole
+
+    def _foreign(self) -> str:
+        return f"{self.path} is not a list of bad samples as this program writes them: move it away, or name another"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -443,6 +443,18 @@ def test_what_others_made_is_left_alone(image_folder: Path, shards_dir: Path, tm
     before = digests(tmp_path)
     with pytest.raises(ValueError, match=r"d/train holds .*, which make_shards did not begin there"):
         make(image_folder, tmp_path / "d", holdout=0.1, overwrite=True)
+    theirs = digests(tmp_path / "d/train")
+    make(image_folder, tmp_path / "d")  # beside them, without a holdout
+    make(image_folder, tmp_path / "d", samples_per_shard=7, overwrite=True)
+    assert digests(tmp_path / "d/train") == theirs
+    (tmp_path / "d/train/make_shards.json").unlink()  # by another program
+    make(image_folder, tmp_path / "d", overwrite=True)
+    assert digests(tmp_path / "d/train") == {n: c for n, c in theirs.items() if n != "make_shards.json"}
+    with pytest.raises(ValueError, match=r"d/train holds .*, which make_shards did not begin there"):
+        make(image_folder, tmp_path / "d", holdout=0.1, overwrite=True)
+    assert digests(tmp_path / "d/train") == {n: c for n, c in theirs.items() if n != "make_shards.json"}
+    shutil.rmtree(tmp_path / "d")
+    shutil.copytree(shards_dir, tmp_path / "d/train")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/manifest.json").write_text("my own")
     with pytest.raises(ValueError, match=r"mine holds manifest.json"):

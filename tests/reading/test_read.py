@@ -135,6 +135,18 @@ def test_quarantine_survives_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> N
     assert [json.loads(line)["sample_id"] for line in path.read_text().splitlines()] == [0, 1, 5]
 
 
+@pytest.mark.parametrize(
+    "theirs", [b"my notes", b"my notes\n", b'{"a": 1}', b'{"a": 1}\n', b"[" * 100_000 + b"\n", b"1\n2"]
+)
+def test_a_file_of_the_user_is_no_quarantine(tmp_path: Path, theirs: bytes) -> None:
+    """Half a line at its end is cut off as a killed writer's: not that of somebody's own file."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(theirs)
+    with pytest.raises(ValueError, match=r"notes.txt is not a list of bad samples.*move it away, or name another"):
+        Quarantine(path, lambda line: int(str(line["sample_id"])) >= 0)
+    assert path.read_bytes() == theirs
+
+
 def test_quarantine_of_other_data_does_not_count(sick: Source, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     lines = [{"shard": "other.tar", "sample_id": 0}, {"shard": "shard-000000.tar", "sample_id": 9999}]

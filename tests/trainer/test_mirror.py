@@ -171,6 +171,16 @@ def test_one_that_has_ended_is_followed_at_once(url: str, tmp_path: Path, mirror
     assert {name for name in names(url) if "writer" in name} == {"writer-000002.json"}
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/step_00000001.pt"])
+def test_what_others_saved_is_not_written_over(url: str, tmp_path: Path, mirrors: list[Mirror], name: str) -> None:
+    """Without a pointer and without a writer, no run of this program has been there."""
+    files.write(f"{url}/{name}", b"theirs")
+    save(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match=rf"runs/photos holds {name} and no run of this program: give another --out"):
+        begun(mirrors, url, tmp_path / "run")
+    assert files.read(f"{url}/{name}") == b"theirs" and names(url) == {name}
+
+
 def test_nothing_outside_the_folder_is_written(url: str, tmp_path: Path, mirrors: list[Mirror]) -> None:
     mirror = begun(mirrors, url, tmp_path / "one")
     save(tmp_path / "one", 2)

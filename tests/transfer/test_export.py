@@ -101,6 +101,17 @@ def test_export_says_what_the_reference_does_not_take(
     assert "the reference code has no such encoder" in capsys.readouterr().err
 
 
+def test_what_is_read_is_not_written_over(run_folder: Path, tmp_path: Path) -> None:
+    (run,) = (run_folder / "checkpoints").glob("*.pt")
+    before = run.read_bytes()
+    for given, output in [(run_folder, run), (run, run), (run, tmp_path / "link.pth")]:
+        if output != run:
+            output.symlink_to(run)
+        with pytest.raises(ValueError, match=r"--output .* is what the encoder is read from: name another file"):
+            export(str(given), output, "torchvision")
+    assert run.read_bytes() == before
+
+
 def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     loaded, source = load_encoder(run_folder), open_source(str(shards_dir))
     alone = Ranks(0, 1, torch.device("cpu"))

@@ -77,6 +77,25 @@ def test_learns_and_leaves_the_encoder_bit_identical(sources: tuple[Source, Sour
     assert [row["epoch"] for row in written] == [1, 2, 3, 4, 5] and written[-1] == rows[0]
 
 
+def test_files_of_others_are_not_written_over(
+    sources: tuple[Source, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run folder as --out, before and after its first checkpoint. What a kill left out is added."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is of no classifier that this program began"):
+        linear.linear(encoder(), *sources, tmp_path, lrs=[0.3], **SMALL)
+    checkpoint.save(tmp_path, {"step": 1}, step=1, keep=1)
+    with pytest.raises(ValueError, match=r"holds no checkpoints of a linear classifier: take another --out"):
+        linear.linear(encoder(), *sources, tmp_path, lrs=[0.3], **SMALL)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    out = tmp_path / "linear"
+    linear.linear(encoder(), *sources, out, lrs=[0.3], **SMALL)
+    whole = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").unlink()
+    linear.linear(encoder(), *sources, out, lrs=[0.3], **SMALL)
+    assert (out / "metrics.jsonl").read_text() == whole
+
+
 def test_each_learning_rate_is_on_its_own(sources: tuple[Source, Source], tmp_path: Path) -> None:
     alone = linear.linear(encoder(), *sources, tmp_path / "1", lrs=[0.1], **SMALL | {"epochs": 2})
     beside = linear.linear(encoder(), *sources, tmp_path / "2", lrs=[0.1, 1e6], **SMALL | {"epochs": 2})
