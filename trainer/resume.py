@@ -2,6 +2,7 @@
 ranks take, and the random generators.
 """
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -30,10 +31,21 @@ def refuse_foreign_folder(out: Path) -> None:
         raise ValueError(f"{lock} is not of this program: give another --out, or move it away")
     if lock.exists() or (out / ".pull").exists() or checkpoint.list_steps(out):
         return
-    if found := [name for name in WRITTEN_OVER if (out / name).exists()]:
+    found = [name for name in WRITTEN_OVER if (out / name).exists()]
+    if found == ["metrics.jsonl"] and _is_log(out / found[0]):
+        return  # of an earlier version, which was killed before its first checkpoint
+    if found:
         raise ValueError(
             f"{out} holds {', '.join(found)} and no run of this program: give another --out, or move them away"
         )
+
+
+def _is_log(path: Path) -> bool:
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return all({"step", "loss"} <= row.keys() for row in rows)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def compare_recipes(out: Path, r: Recipe) -> list[str]:
