@@ -51,7 +51,7 @@ from pipeline.packing.prepare import Options
 from pipeline.packing.retry import Retry, after, begun_retry, failed_numbers
 from pipeline.packing.shard import HashTask, PackTask, PlannedImage, TaskDone, hash_contents, pack
 from pipeline.packing.summary import finish, table
-from pipeline.packing.survey import Survey
+from pipeline.packing.survey import Survey, listed_kinds
 from pipeline.progress import Progress
 from pipeline.sources.card import is_pattern
 from pipeline.sources.index import LABEL_EXTENSION
@@ -112,7 +112,7 @@ def make_shards(
             names = lists.class_names(classes) if classes else []
             listing = Listing.write(folder, images, survey, classes=names, labels=labels != "none")
         if not len(listing):
-            others = ", ".join(f"{count} {kind}" for kind, count in survey.ignored.most_common(5))
+            others = listed_kinds(survey.ignored)
             remedy = "; archives in folders of it are not opened: name their folder" if survey.ignored["tar"] else ""
             raise ValueError(f"no images in {src}: it holds {others or 'nothing'}{remedy}")
         return listing
@@ -275,7 +275,7 @@ def main() -> None:
         ("convert", False, "other formats to JPEG"),
         ("min_side", 0, "reject images with a shorter side than this many pixels"),
         ("max_pixels", 100_000_000, "reject images with more pixels"),
-        ("no_verify", False, "do not decode: damaged images are packed and cost samples in training"),
+        ("no_verify", False, "look at headers only: damaged images are packed and cost samples in training"),
         ("max_failed", 1.0, "stop when more than this fraction (0.1) of the images cannot be fetched; 1: no limit"),
         ("retry_failed", False, "DEST is complete: pack what could not be fetched into further shards (train's)"),
         ("overwrite", False, "delete what make_shards wrote to DEST before, begin anew"),

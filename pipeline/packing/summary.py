@@ -21,6 +21,7 @@ from pipeline.packing.fetch import FAILED
 from pipeline.packing.listing import Listing
 from pipeline.packing.plan import PlannedShard, duplicate_pairs
 from pipeline.packing.retry import Retry
+from pipeline.packing.survey import listed_kinds
 from pipeline.pixels.decode import BadImage, picture
 from pipeline.sources.index import image_rank
 from pipeline.sources.manifest import Manifest, Shard, parse_manifest, save_manifest
@@ -53,18 +54,21 @@ def finish(
         place = files.join(_folder(dest, split), "manifest.json")
         made[split] = list(parse_manifest(files.read(place), place).shards[:count])
     packed, image_bytes = before.get("packed", 0), before.get("image_bytes", 0)
-    first = ""
+    first: dict[str, str] = {}  # reason -> the first image that was rejected for it
     kept_lines = _lines_without(retry.numbers, dest) if retry else []
     with files.writing(files.join(dest, "rejected.jsonl")) as lines:
-        for line in kept_lines:
+
+        def reject(line: dict[str, Any]) -> None:
             lines.write(json.dumps(line).encode() + b"\n")
             reasons[line["reason"]] += 1
+            first.setdefault(line["reason"], f"{line['name']} {line['detail']}".rstrip())
+
+        for line in kept_lines:
+            reject(line)
         for shard in shards:
             record = json.loads(files.read(files.join(records, shard.record)))
             for line in record["rejected"]:
-                lines.write(json.dumps(line).encode() + b"\n")
-                reasons[line["reason"]] += 1
-                first = first or f"{line['name']}: {line['reason']} {line['detail']}"
+                reject(line)
             for kind, (count, example) in record.get("remarks", {}).items():
                 remarks.setdefault(kind, [0, example])[0] += count
             packed += record["samples"]
@@ -74,7 +78,10 @@ def finish(
                 file = f"shard-{shard.number:06d}.tar"
                 made[shard.split].append(Shard(file, record["samples"], record["bytes"], record["checksum"]))
     if not packed:
-        raise ValueError(f"none of the {len(listing):,} images can be used; the first: {first}")
+        reason, count = reasons.most_common(1)[0]
+        raise ValueError(
+            f"none of the {len(listing):,} images can be used; {count:,}: {reason}, the first {first[reason]}"
+        )
     duplicates = before["duplicates"] if retry else _write_duplicates(dest, journal, listing)
     found, rejected = len(listing), reasons.total()
     if found != packed + rejected + duplicates:
@@ -93,6 +100,7 @@ def finish(
         "rejected": rejected,
         "duplicates": duplicates,
         "reasons": dict(reasons.most_common()),
+        "first_rejected": first,
         "classes": len(labels),
         "image_bytes": image_bytes,
         "shards": {split: len(of_split) for split, of_split in made.items()},
@@ -200,11 +208,11 @@ def table(counts: dict[str, Any], dest: str, seconds: float) -> str:
         f"  packed    {counts['packed']:>14,}",
         f"  rejected  {counts['rejected']:>14,}" + ("  see rejected.jsonl" if counts["rejected"] else ""),
     ]
-    lines += [f"    {count:>22,}  {reason}" for reason, count in counts["reasons"].items()]
+    for reason, count in counts["reasons"].items():
+        lines.append(f"    {count:>22,}  {reason}; the first: {counts['first_rejected'][reason]}")
     lines += [f"  duplicates{counts['duplicates']:>14,}" + ("  see duplicates.jsonl" if counts["duplicates"] else "")]
     if ignored := counts["ignored"]:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(ignored).most_common(6))
-        lines.append(f"not images  {sum(ignored.values()):>14,}  ({kinds})")
+        lines.append(f"not images  {sum(ignored.values()):>14,}  ({listed_kinds(ignored)})")
     for kind, (count, example) in counts["remarks"].items():
         lines.append(f"note        {count:>14,}  {kind}; the first: {example}")
     lines.append(f"classes     {counts['classes']:>14,}")

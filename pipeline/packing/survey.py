@@ -4,6 +4,7 @@ import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from pipeline.progress import Progress
 from pipeline.sources.index import LABEL_EXTENSION
 
 MOST_CLASSES = 1_000_000  # folders at one depth; beyond that they are no classes
+MOST_KINDS = 50  # named in one line
 # img2dataset writes a shard as the folder 00012, with the images 000120000.jpg and so on in it; beside the folder lie
 # 00012_stats.json and 00012.parquet.
 IMG2DATASET_FOLDER = re.compile(r"\d{5}")
@@ -105,10 +107,9 @@ class Survey:
     def remark_unlabelled(self) -> None:
         """To be called when no image has a label."""
         if self.sidecars:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.sidecars.most_common(5))
             self.remark(
-                f"images have sidecars ({kinds}) and no label came of them: a label is a number in a .cls, or a value "
-                "in a .json that --label_key names",
+                f"images have sidecars ({listed_kinds(self.sidecars)}) and no label came of them: a label is a number "
+                "in a .cls, or a value in a .json that --label_key names",
                 self.first_with_sidecars,
                 self.with_sidecars,
             )
@@ -146,6 +147,13 @@ def is_image_name(name: str) -> bool:
 
 def extension(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()  # noqa: PTH122 (a string operation, a million times)
+
+
+def listed_kinds(files: Mapping[str, int]) -> str:
+    """Kinds of files and how many there are of each, the most frequent first."""
+    kinds = [f"{count:,} {kind}" for kind, count in Counter(files).most_common()]
+    more = f", {len(kinds) - MOST_KINDS:,} kinds more" if len(kinds) > MOST_KINDS else ""
+    return ", ".join(kinds[:MOST_KINDS]) + more
 
 
 def last_part(extension: str) -> str:

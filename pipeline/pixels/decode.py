@@ -232,13 +232,13 @@ def _decoder(kind: str) -> Callable[[io.BytesIO], Image.Image]:
         try:
             from PIL import AvifImagePlugin
         except ImportError:
-            raise BadImage("does not decode", "AVIF takes Pillow 11.3 or newer: pip install -U pillow") from None
+            raise BadImage("no decoder installed", "AVIF takes Pillow 11.3 or newer: pip install -U pillow") from None
         return AvifImagePlugin.AvifImageFile
     if kind == "heic":
         try:
             import pillow_heif
         except ImportError:
-            raise BadImage("does not decode", "HEIC and HEIF take pillow-heif: pip install -e '.[heif]'") from None
+            raise BadImage("no decoder installed", "HEIC and HEIF take pillow-heif: pip install -e '.[heif]'") from None
         return pillow_heif.HeifImageFile  # type: ignore[no-any-return]
     return DECODERS[kind]
 
