@@ -9,15 +9,18 @@ recipe's fields.
 ending.
 """
 
+import os
+
 import recipe as recipes
+from pipeline.progress import say_if_slow, saying
 
 if __name__ == "__main__":
     # Before torch, DALI and accelerate, whose import takes seconds: --help and a mistyped flag answer at once.
     RECIPE = recipes.parse()
+    IMPORTING = say_if_slow("importing torch, DALI and accelerate" if os.environ.get("RANK", "0") == "0" else "")
 
 import contextlib
 import functools
-import os
 import sys
 import time
 import traceback
@@ -186,6 +189,7 @@ def train(t: Training, watchdog: Watchdog, stop: Stop) -> int:
     net, encoder, dictionary, optimizer = t.net, t.encoder, t.dictionary, t.optimizer
     step, saved, save_seconds, skipped = t.first, t.first, 0.0, 0
     stop.begin(t.control)
+    t.log.begin()
     if knn_is_due(t, step) and not gather_objects(t.log.has("knn", step), t.control)[0]:
         evaluate_knn(t, step)  # a kill in its middle had lost it: the checkpoint comes before it
 
@@ -403,12 +407,31 @@ def evaluate_knn(t: Training, step: int) -> None:
     """Writes the kNN accuracy of the query encoder as it is; all ranks call it."""
     assert t.monitor is not None
     t.phase("knn")
-    accuracy = t.monitor(t.net, t.accelerator.device, t.accelerator.autocast())
+    with saying(f"step {step}: kNN of {t.r.knn_data}" if t.accelerator.is_main_process else ""):
+        accuracy = t.monitor(t.net, t.accelerator.device, t.accelerator.autocast())
     found = {"step": step, "epoch": step / t.per_epoch, "knn": accuracy}
     t.log.write(found)
     trackers.track(t.accelerator.log, t.log, found)
     t.log.say(f"step {step}  epoch {step / t.per_epoch:.2f}  kNN {accuracy:.1%}")
     t.window.restart()
+
+
+def join(r: Recipe) -> Accelerator:
+    """Finds the other ranks. ValueError for a tracker or a way to train that is not there."""
+    trackers.check(r.trackers)
+    build.check_launcher()
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    with saying(f"waiting for all {ranks} ranks" if os.environ.get("RANK", "0") == "0" else ""):
+        return Accelerator(
+            mixed_precision=r.precision if r.precision in ("bf16", "fp16") else "no",
+            log_with=list(r.trackers) or None,
+            project_dir=r.out,
+            # The recipe alone decides, whatever `accelerate config` was told: its accumulation would divide the loss.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+            # Each rank keeps its own batch-norm statistics; DDP would send rank 0's to all at every forward pass.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
 
 
 def main(r: Recipe) -> None:
@@ -421,19 +444,8 @@ def main(r: Recipe) -> None:
     url = r.out if is_remote(r.out) else ""
     r = replace(r, out=str(local_folder(r.out, r.work_dir)), work_dir="") if url else r
     try:
-        trackers.check(r.trackers)
-        build.check_launcher()
-        accelerator = Accelerator(
-            mixed_precision=r.precision if r.precision in ("bf16", "fp16") else "no",
-            log_with=list(r.trackers) or None,
-            project_dir=r.out,
-            # The recipe alone decides, whatever `accelerate config` was told: its accumulation would divide the loss.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_plugin=TorchDynamoPlugin(backend="no"),
-            # Each rank keeps its own batch-norm statistics; DDP would send rank 0's to all at every forward pass.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        )
-    except ValueError as error:  # a tracker or a way to train that is not there
+        accelerator = join(r)
+    except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine have the same packages
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -444,7 +456,8 @@ def main(r: Recipe) -> None:
         watchdog.start()
     code, said = 1, ""
     try:
-        training = set_up(r, mirror, accelerator, control_group(), watchdog)
+        with saying("setting up data, encoders and dictionary" if rank == 0 else ""):
+            training = set_up(r, mirror, accelerator, control_group(), watchdog)
         step = train(training, watchdog, stop)
         finish(training, step, stop)
         code = 0
@@ -478,4 +491,5 @@ def main(r: Recipe) -> None:
 
 
 if __name__ == "__main__":
+    IMPORTING.cancel()
     main(RECIPE)

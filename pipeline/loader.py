@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pipeline.command import add_cache_flags, cache_arguments, command
 from pipeline.pixels import views as view_parameters
 from pipeline.pixels.decode import MAX_PIXELS
+from pipeline.progress import say_if_slow, saying, track
 
 if __name__ == "__main__":
     # Before torch and DALI, whose import takes seconds: --help and a mistyped flag answer at once.
@@ -43,11 +44,11 @@ if __name__ == "__main__":
     add("--max_pixels", type=int, default=MAX_PIXELS, help="an image with more pixels is a bad sample")
     add_cache_flags(parser)
     ARGUMENTS = parser.parse_args()
+    IMPORTING = say_if_slow("importing torch and DALI")
 
 import torch
 
 from pipeline.pixels.graph import Graph, lend
-from pipeline.progress import track
 from pipeline.reading.ahead import Decoding, Item, ShardsAhead
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader, Samples
@@ -257,7 +258,8 @@ def main(arguments: Any) -> None:
     loader = Loader(open_source(data, **cache_arguments(arguments)), **options)
     steps, share = steps or loader.steps_per_epoch, loader.batch_size // loader.world_size
     batches: Iterator[Any] = loader._items(0) if read_only else loader
-    next(batches)  # not part of the time: the graph is built, kernels are compiled, indexes are read
+    with saying("the first batch takes longest and is not counted"):
+        next(batches)  # the graph is built, kernels are compiled, indexes are read
     loader.timings()
     began, processor = time.perf_counter(), time.process_time()
     for _ in track(range(steps), "loading", steps, unit="batches"):
@@ -276,4 +278,5 @@ def main(arguments: Any) -> None:
 
 
 if __name__ == "__main__":
+    IMPORTING.cancel()
     command(lambda: main(ARGUMENTS))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import add_cache_flags, cache_arguments, command
-from pipeline.pixels.views import RECIPES, describe, mean_std, sample_views
+from pipeline.pixels.views import RECIPES, MeanStd, Views, describe, mean_std, sample_views
 
 if __name__ == "__main__":
     # Before torch and DALI, whose import takes seconds: --help and a mistyped flag answer at once.
@@ -32,11 +32,10 @@ if __name__ == "__main__":
     ARGUMENTS = parser.parse_args()
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.pixels.decode import picture
-from pipeline.pixels.graph import Graph, lend
+from pipeline.progress import saying
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader
 from pipeline.sources.manifest import CachePlace
@@ -66,7 +65,8 @@ def preview(
     source = open_source(data, cache_dir=cache_dir, cache_bytes=cache_bytes)
     storage = storage_for(source)
     reader = Reader(source, storage)
-    samples = reader.read(make_order(source, count, seed).draw(epoch, 0))
+    with saying(f"reading {count} images of {data}"):
+        samples = reader.read(make_order(source, count, seed).draw(epoch, 0))
     rows = [
         sample_views(
             views,
@@ -81,22 +81,7 @@ def preview(
         )
         for view in range(2)
     ]
-    mean, std = mean_std(views)
-    batches = iter([lend(samples.encoded, rows, image_size=image_size, device="cpu")])
-    graph = Graph(
-        lambda: next(batches),
-        num_views=2,
-        image_size=image_size,
-        batch_size=count,
-        device="cpu",
-        dtype=torch.float32,
-        num_threads=2,
-        mean=mean,
-        std=std,
-    )
-    pixels = [_to_bytes(view, mean, std) for view in graph.run()]
-    graph.close()
-
+    pixels = _rendered(samples.encoded, rows, image_size, mean_std(views))
     width, height = 3 * CELL + 4 * GAP, count * (CELL + PRINT + GAP) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -125,10 +110,29 @@ def preview(
     storage.close()
 
 
-def _to_bytes(view: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Normalised [n, 3, S, S] back to uint8 [n, S, S, 3]."""
-    pixels = view.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
-    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+def _rendered(encoded: list[np.ndarray], rows: list[Views], image_size: int, mean_std: MeanStd) -> list[np.ndarray]:
+    """The pixels of each view: uint8 [n, S, S, 3]."""
+    with saying("importing torch and DALI"):
+        import torch
+
+        from pipeline.pixels.graph import Graph, lend
+    mean, std = mean_std
+    batches = iter([lend(encoded, rows, image_size=image_size, device="cpu")])
+    graph = Graph(
+        lambda: next(batches),
+        num_views=len(rows),
+        image_size=image_size,
+        batch_size=len(encoded),
+        device="cpu",
+        dtype=torch.float32,
+        num_threads=2,
+        mean=mean,
+        std=std,
+    )
+    normalised = [view.permute(0, 2, 3, 1) for view in graph.run()]
+    graph.close()
+    levels = [(view * torch.tensor(std) + torch.tensor(mean)) * 255 for view in normalised]
+    return [view.round().clamp(0, 255).to(torch.uint8).numpy() for view in levels]
 
 
 def main(arguments: Any) -> None:

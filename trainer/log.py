@@ -7,29 +7,45 @@ import json
 import math
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_atomically
-from pipeline.progress import IGNORE_LOG_ERRORS, Progress, duration
+from pipeline.progress import IGNORE_LOG_ERRORS, LINE_EVERY, Progress, duration, say_if_slow
 
 
 class Log:
     """metrics.jsonl, and the progress bar or, where the output goes elsewhere than to a terminal, a plain line every
-    ten seconds. On rank 0 only.
+    ten seconds: with the figures where there are new ones, else with the step alone. On rank 0 only.
     """
 
     def __init__(self, run_dir: Path, *, step: int, total: int, enabled: bool) -> None:
-        self.path, self.total, self.enabled, self.printed = run_dir / "metrics.jsonl", total, enabled, False
+        self.path, self.total, self.enabled = run_dir / "metrics.jsonl", total, enabled
+        self.figures_are_due = True  # the first ones, and those after a line without any
+        self.figures_came = -math.inf  # when
         self.said: set[str] = set()
         shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"  # with the figures, 80 columns
         label = "training" if enabled and sys.stdout.isatty() else ""  # `| tee log` gets the plain lines
         self.progress = Progress(label, total, unit="steps", done=step, lines=False, bar_format=shape)
+        self.first_step: threading.Timer | None = None
         if enabled:
             drop_lines_after(self.path, step)
 
+    def begin(self) -> None:
+        """Right before the first step, which fills buffers, compiles and tunes."""
+        if self.enabled:
+            self.began, self.first_step = time.monotonic(), say_if_slow("training: the first step takes longest")
+
     def step(self) -> None:
         self.progress.advance()
+        if self.first_step is not None:
+            self.first_step.cancel()
+        without_figures = time.monotonic() - self.figures_came > LINE_EVERY
+        if self.enabled and self.progress.bar is None and without_figures and self.progress.is_due():
+            self.figures_are_due = True
+            self.say(f"step {self.progress.done}/{self.total}  {duration(time.monotonic() - self.began)} so far")
 
     def write(self, values: dict[str, Any]) -> None:
         if not self.enabled:
@@ -47,12 +63,13 @@ class Log:
             self.warn({"metrics": f"cannot write {self.path}: {error}"})
         if "loss" not in values:
             return
+        self.figures_came = time.monotonic()
         step, wait, left = values["step"], values["data_wait"], duration(values["seconds_left"])
         shown = f"loss {values['loss']:.3f}  lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s"
         if self.progress.bar is not None:
             self.progress.note = f"{shown}  wait {wait:.0%}  {left} left"
-        elif self.progress.is_due() or not self.printed or step == self.total:
-            self.printed = True
+        elif self.progress.is_due() or self.figures_are_due or step == self.total:
+            self.figures_are_due = False
             where = f"step {step}/{self.total}  epoch {values['epoch']:.2f}"
             self.say(f"{where}  {shown}  data wait {wait:.0%}  {left} left")
 
@@ -78,6 +95,8 @@ class Log:
                 self.progress.say(f"warning: {text}")
 
     def close(self) -> None:
+        if self.first_step is not None:
+            self.first_step.cancel()
         self.progress.close()
 
 

@@ -22,6 +22,7 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from pipeline.pixels import views
 from pipeline.pixels.views import IMAGENET, Triple
+from pipeline.progress import saying
 
 # A batch for the graph, as `lend` makes it.
 Lent = tuple[TensorListCPU, ...]
@@ -68,7 +69,8 @@ def render(image_size: int, mean: Triple, std: Triple) -> Callable[[Any, Any], A
     # Imported here: a GPU needs none of it, and numba.cuda, which the plugin imports, is trouble on some machines.
     from nvidia.dali.plugin.numba import NumbaFunction
 
-    from pipeline.pixels.kernels_cpu import render_sample, shape_setter  # compiled here: about 10 s, once on a machine
+    with saying("compiling the functions that make views on the CPU, once on this machine: about 10 s"):
+        from pipeline.pixels.kernels_cpu import render_sample, shape_setter
 
     class Compiled(NumbaFunction):
         """DALI's numba operator, given the addresses of functions that are compiled already."""

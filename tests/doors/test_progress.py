@@ -2,11 +2,12 @@
 
 import io
 import sys
+import time
 
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Progress, duration, track
+from pipeline.progress import Progress, duration, saying, track
 
 
 class Clock:
@@ -26,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_lines(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ten seconds apart, with the speed of this run alone, a note, and a last line."""
+    """After three seconds, then ten seconds apart, with the speed of this run alone, a note, and a last line."""
     with Progress("packing", 5_000, done=2_000) as shown:
         for _ in range(25):
             clock.now += 1
@@ -34,14 +35,15 @@ def test_lines(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
             shown.advance(100)
         shown.advance(500)
     assert capsys.readouterr().err.splitlines() == [
-        "packing: 3,000 of 5,000 images, 100 a second, 0:20 min left, 3.0 MB/s",
-        "packing: 4,000 of 5,000 images, 100 a second, 0:10 min left, 3.0 MB/s",
+        "packing: 2,300 of 5,000 images, 100 a second, 0:27 min left, 3.0 MB/s",
+        "packing: 3,300 of 5,000 images, 100 a second, 0:17 min left, 3.0 MB/s",
+        "packing: 4,300 of 5,000 images, 100 a second, 0:07 min left, 3.0 MB/s",
         "packing: 5,000 of 5,000 images, 120 a second, 3.0 MB/s",
     ]
 
 
 def test_nothing_of_what_is_quick_fails_or_has_no_label(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    for label, seconds in (("quick", 1.0), ("", 100.0)):
+    for label, seconds in (("quick", 0.5), ("", 100.0)):
         for _ in track(range(5), label, 5):
             clock.now += seconds
     with pytest.raises(ValueError), Progress("failed") as shown:
@@ -55,7 +57,7 @@ def test_an_unknown_total(clock: Clock, capsys: pytest.CaptureFixture[str]) -> N
     for _ in track(iter("abc"), "listing", unit="names"):
         clock.now += 8
     assert capsys.readouterr().err.splitlines() == [
-        "listing: 2 names, 0.1 a second",
+        "listing: 1 names, 0.1 a second",
         "listing: 3 names, 0.1 a second",
     ]
 
@@ -68,8 +70,23 @@ def test_own_lines_are_due_every_ten_seconds(clock: Clock, capsys: pytest.Captur
             shown.advance()
             due.append(shown.is_due())
         shown.say("a line")
-    assert [i for i, is_due in enumerate(due) if is_due] == [9, 19, 29]
+    assert [i for i, is_due in enumerate(due) if is_due] == [2, 12, 22]
     assert capsys.readouterr().err == "a line\n"
+
+
+def test_a_long_first_part_is_no_silence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "FEW_SECONDS", 0.05)
+    said = ""
+    with Progress("packing", 5_000), saying("compiling"), saying(""), saying("quick") as _:
+        for _ in range(200):
+            time.sleep(0.02)
+            if (said := said + capsys.readouterr().err).count("\n") == 3:
+                break
+    assert sorted(said.splitlines()) == ["compiling ...", "packing: 0 of 5,000 images", "quick ..."]
+    with Progress("packing", 5_000), saying("compiling"):
+        pass
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,3 +53,42 @@ def test_the_bar_of_a_long_run_has_room_for_what_matters(monkeypatch: pytest.Mon
     log.close()
     assert len(shown) == 80
     assert "123456/1250000, loss 10.980  lr 0.0299  12346 img/s  wait 12%  5 d 12 h" in shown
+
+
+def test_steps_are_told_until_there_are_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten slow steps with log_every 10 were a minute and a half without a word."""
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    figures = {"epoch": 0.5, "loss": 1.0, "lr": 0.1, "data_wait": 0.0, "images_per_second": 1, "seconds_left": 60}
+    log = Log(tmp_path, step=40, total=100, enabled=True)
+    log.begin()
+    for step in range(41, 62):
+        clock[0] += 9
+        log.step()
+        if step == 50:
+            log.write({"step": step} | figures)
+    lines = [line.partition("  epoch")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ["step 41/100  0:09 min so far", "step 43/100  0:27 min so far", "step 45/100  0:45 min so far"]
+    assert "step 50/100" in lines and "step 52/100  1:48 min so far" in lines
+    assert 10 <= len(lines) <= 13
+    log.close()
+
+
+def test_quick_steps_have_lines_with_figures_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    figures = {"epoch": 0.5, "loss": 1.0, "lr": 0.1, "data_wait": 0.0, "images_per_second": 1, "seconds_left": 60}
+    log = Log(tmp_path, step=0, total=1000, enabled=True)
+    log.begin()
+    for step in range(1, 301):
+        clock[0] += 0.1
+        log.step()
+        if step % 10 == 0:
+            log.write({"step": step} | figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert all("loss 1.000" in line for line in lines) and 3 <= len(lines) <= 5
+    log.close()
