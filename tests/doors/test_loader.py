@@ -268,9 +268,9 @@ def test_command(shards_dir: Path) -> None:
     share = ("--data", shards_dir, "--batch_size", "12", "--image_size", "32", "--world_size", "4", "--rank")
     result = run_loader(*share, "3")
     assert result.returncode == 0 and "images/s: 5 batches of 3 in" in result.stdout, result.stderr
-    result = run_loader(*share, "4")
-    assert result.returncode == 2 and result.stderr == "error: rank 4 of 4: ranks count from 0 to 3\n"
+    result = run_loader(*share, "4")  # on a slow machine it says before what it imports
+    assert result.returncode == 2 and result.stderr.endswith("error: rank 4 of 4: ranks count from 0 to 3\n")
     result = run_loader("--data", shards_dir, "--batch_size", "100")
-    assert result.returncode == 2 and result.stderr == (
+    assert result.returncode == 2 and result.stderr.endswith(
         "error: the source holds 60 samples, less than one batch of 100: lower batch_size\n"
     )
