@@ -1,13 +1,17 @@
 """Loss, learning rate, kNN and speed of a run as one picture: `python -m transfer.curves runs/photos` writes
 runs/photos/curves.png."""
 
+import functools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from pipeline.command import command
 from pipeline.files import writing_beside
+from transfer import arguments
 
 PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
     ("loss", "loss"),
@@ -85,17 +89,9 @@ def draw(run: str | Path, output: str | Path | None = None) -> Path:
     return path
 
 
-def main(run: Path, output: Path | None = None) -> None:
-    """Draws loss, learning rate, kNN and images/s of a run.
-
-    Args:
-        run: run folder
-        output: the PNG; RUN/curves.png when left out
-    """
-    print(draw(run, output))
+def main(args: Namespace) -> None:
+    print(draw(args.run, args.output))
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    command(lambda: auto_cli(main))
+    command(functools.partial(main, arguments.curves()))

@@ -1,12 +1,18 @@
 """The encoder of a run for use elsewhere: torchvision's names, or a file of the reference MoCo code's layout."""
 
+from transfer import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.export()  # before the imports that take seconds
+
+import functools
 import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torchvision
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
 from safetensors.torch import save as serialize
 
 import checkpoint
@@ -108,15 +114,9 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
     return output
 
 
-def main() -> None:
-    parser = ArgumentParser(prog="python -m transfer.export", description="Writes a run's encoder for use elsewhere.")
-    parser.add_argument("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
-    parser.add_argument("--output", type=Path, required=True, help="the file, such as r50.pth or r50.safetensors")
-    parser.add_argument("--format", type=Literal["torchvision", "moco"], default="torchvision", help="whose layout")
-    parser.add_argument("--linear", type=Path | None, help="folder of transfer.linear: its classifier becomes `fc`")
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     print(export(args.run, args.output, args.format, args.linear))
 
 
 if __name__ == "__main__":
-    command(main)
+    command(functools.partial(main, ARGUMENTS))

@@ -6,17 +6,22 @@ A row is one query and then its neighbours, the nearest first, with similarity a
 labels, neighbours of the query's class have a green frame, the others a red one.
 """
 
+from transfer import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.gallery()  # before the imports that take seconds
+
+import functools
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
+from jsonargparse import Namespace
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from pipeline.command import add_cache_flags, cache_arguments, command
+from pipeline.command import cache_arguments, command
 from pipeline.pixels.decode import picture
 from pipeline.reading.order import draw_of_ids
 from pipeline.sources.index import read_index
@@ -24,8 +29,10 @@ from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from pipeline.sources.scan import read_index_text
 from pipeline.sources.storage import Storage, storage_for
+from trainer.joining import Ranks
+from transfer.arguments import encoder_arguments
 from transfer.knn import extract, nearest
-from transfer.load import LoadedEncoder, load_encoder
+from transfer.load import Feed, LoadedEncoder, load_encoder
 
 CELL = 104  # pixels: side of a picture in the gallery
 PRINT = 18  # pixels of small print under it
@@ -96,10 +103,7 @@ def make_gallery(
     vectors, labels, sample_ids = extract(
         loaded.part(features).to(device),
         source,
-        image_size=loaded.image_size,
-        mean_std=loaded.mean_std,
-        batch_size=batch_size,
-        device=device,
+        Feed(loaded.image_size, loaded.mean_std, batch_size=batch_size, ranks=Ranks(0, 1, torch.device(device))),
         limit=images,
         progress="features" if progress else "",
     )
@@ -133,25 +137,9 @@ def make_gallery(
     return path
 
 
-def main() -> None:
-    parser = ArgumentParser(
-        prog="python -m transfer.gallery", description="Query images with their nearest neighbours."
-    )
-    add = parser.add_argument
-    add("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
-    add("--data", type=str, required=True, help="source to search (folder of shards, URL, card); labels are optional")
-    add("--output", type=str, default="gallery.png", help="the PNG")
-    add("--queries", type=PositiveInt, default=8, help="rows")
-    add("--neighbours", type=PositiveInt, default=8, help="neighbours in a row")
-    add("--features", type=Literal["backbone", "head"], default="backbone", help="what similarity is measured on")
-    add("--images", type=PositiveInt | None, help="search only the first so many; all when left out")
-    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass")
-    add("--seed", type=int, default=0, help="decides the queries")
-    add("--untrained", action="store_true", help="the same encoder as it was initialised")
-    add_cache_flags(parser)
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     path = make_gallery(
-        load_encoder(args.run, untrained=args.untrained),
+        load_encoder(args.run, **encoder_arguments(args)),
         open_source(args.data, **cache_arguments(args)),
         args.output,
         queries=args.queries,
@@ -166,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(functools.partial(main, ARGUMENTS))

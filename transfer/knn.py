@@ -12,27 +12,32 @@ Under torchrun or `accelerate launch` the ranks share all three: each keeps its 
 the nearest among them, and the ranks' candidates are merged.
 """
 
+from transfer import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.knn()  # before the imports that take seconds
+
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse import Namespace
 from torch import Tensor
 
-from pipeline.command import add_cache_flags, cache_arguments, command
-from pipeline.labelled import eval_batches
-from pipeline.pixels.views import MeanStd
+from pipeline.command import cache_arguments, command
 from pipeline.progress import Progress
 from pipeline.sources.manifest import Source, shared_samples
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
-from transfer.load import default_resize, load_encoder
+from transfer.arguments import encoder_arguments
+from transfer.load import Feed, load_encoder
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
 TEST_CHUNK = 1_024
@@ -42,37 +47,19 @@ PIXELS_SIDE = 32  # raw pixels of larger images are averaged down to this, else 
 def extract(
     embed: Callable[[Tensor], Tensor],
     source: Source,
+    feed: Feed,
     *,
-    image_size: int,
-    mean_std: MeanStd,
-    resize: int | None = None,
-    batch_size: int = 256,
-    rank: int = 0,
-    world_size: int = 1,
-    device: str | torch.device = "cpu",
-    num_threads: int | None = None,
     limit: int | None = None,
     progress: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's part of `source` as L2-normalised features fp32 [n, D], labels int64 [n] and sample ids int64 [n],
     on the CPU.
 
-    A label is -1 where there is none. embed: images fp32 [b, 3, S, S] on `device` -> [b, D]. limit: only the first so
-    many.
+    A label is -1 where there is none. embed: images fp32 [b, 3, S, S] on the ranks' device -> [b, D]. limit: only the
+    first so many.
     progress: what rank 0's progress bar is called; empty for none.
     """
-    batches = eval_batches(
-        source,
-        image_size=image_size,
-        resize=default_resize(image_size) if resize is None else resize,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        device=str(device),
-        dtype=torch.float32,
-        num_threads=num_threads,
-        mean_std=mean_std,
-    )
+    rank, world_size, _ = feed.ranks
     capacity = -(-source.samples // world_size)  # filled in place: a list and torch.cat would need the memory twice
     capacity = capacity if limit is None else min(capacity, limit)
     features: Tensor | None = None
@@ -80,7 +67,7 @@ def extract(
     sample_ids = torch.empty(capacity, dtype=torch.int64)
     n = 0
     with torch.no_grad(), Progress(progress if rank == 0 else "", capacity) as shown:
-        for batch in batches:
+        for batch in feed.batches(source):
             y = F.normalize(embed(batch.images).float(), dim=1)[: capacity - n]  # [b, D]
             if features is None:
                 features = torch.empty(capacity, y.shape[1])
@@ -195,17 +182,10 @@ def evaluate(
     embed: Callable[[Tensor], Tensor],
     train: Source,
     val: Source,
+    feed: Feed,
     *,
-    image_size: int,
-    mean_std: MeanStd,
-    resize: int | None = None,
-    batch_size: int = 256,
     k: int = 200,
     temperature: float = 0.1,
-    rank: int = 0,
-    world_size: int = 1,
-    device: str | torch.device = "cpu",
-    num_threads: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Weighted-kNN accuracy of `embed` on val with train as memory: {"knn", "k", "train", "val", "classes"}; all
@@ -215,24 +195,9 @@ def evaluate(
     """
     check_classes(train, val)
 
-    def part(source: Source, what: str) -> tuple[Tensor, Tensor]:
-        features, labels, _ = extract(
-            embed,
-            source,
-            image_size=image_size,
-            mean_std=mean_std,
-            resize=resize,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            num_threads=num_threads,
-            progress=what if progress else "",
-        )
-        return features, labels
-
-    train_features, train_labels = part(train, "train features")
-    test_features, test_labels = part(val, "val features")
+    rank, world_size, device = feed.ranks
+    train_features, train_labels, _ = extract(embed, train, feed, progress="train features" if progress else "")
+    test_features, test_labels, _ = extract(embed, val, feed, progress="val features" if progress else "")
     group = dist.group.WORLD if world_size > 1 else None
     total = len(train_labels)
     largest = int(max(train_labels.max(), test_labels.max()))
@@ -269,77 +234,33 @@ def raw_pixels(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(
-        prog="python -m transfer.knn",
-        description="Weighted kNN accuracy of an encoder; the last line is one JSON object.",
-    )
-    add = parser.add_argument
-    add("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
-    add("--train", type=str, required=True, help="labelled source whose features vote (folder of shards, URL, card)")
-    add("--val", type=str, required=True, help="labelled source to classify")
-    add(
-        "--features",
-        type=Literal["backbone", "head"],
-        default="backbone",
-        help="the backbone's pooled output, or the head's",
-    )
-    add("--k", type=PositiveInt, default=200, help="neighbours; at most the number of training images")
-    add("--temperature", type=PositiveFloat, default=0.1, help="votes weigh exp(similarity / temperature)")
-    add("--image_size", type=PositiveInt | None, help="side of the centre crop; the recipe's when left out")
-    add(
-        "--resize",
-        type=PositiveInt | None,
-        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
-    )
-    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
-    add(
-        "--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; similarities are always fp32"
-    )
-    add("--num_threads", type=PositiveInt | None, help="decoding threads; all cores when left out")
-    add_cache_flags(parser)
-    add("--untrained", action="store_true", help="judge the same encoder as it was initialised")
-    add("--pixels", action="store_true", help="judge raw pixels (averaged down to 32x32 when larger)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
+def main(args: Namespace) -> None:
     started = time.monotonic()
-    loaded = load_encoder(args.run, untrained=args.untrained or args.pixels)
-    with joined() as (rank, world_size, device):
-        module = loaded.part(args.features).to(device).to(memory_format=torch.channels_last)
+    about_encoder = encoder_arguments(args)
+    if args.pixels and Path(args.run).is_dir():
+        about_encoder["untrained"] = True  # only its recipe matters: no checkpoint has to be there
+    loaded = load_encoder(args.run, **about_encoder)
+    with joined() as ranks:
+        module = loaded.part(args.features).to(ranks.device).to(memory_format=torch.channels_last)
 
         def embed(images: Tensor) -> Tensor:
             if args.pixels:
                 return raw_pixels(images)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 return module(images)
 
         train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
-        if rank == 0:
+        if ranks.rank == 0:
             warn_of_overlap(train, val)
-        result = evaluate(
-            embed,
-            train,
-            val,
-            image_size=args.image_size or loaded.image_size,
-            mean_std=loaded.mean_std,
-            resize=args.resize,
-            batch_size=args.batch_size,
-            k=args.k,
-            temperature=args.temperature,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            num_threads=args.num_threads,
-            progress=True,
+        feed = Feed(
+            loaded.image_size, loaded.mean_std, args.resize, args.batch_size, num_threads=args.num_threads, ranks=ranks
         )
-    if rank == 0:
+        result = evaluate(embed, train, val, feed, k=args.k, temperature=args.temperature, progress=True)
+    if ranks.rank == 0:
         judged = "pixels" if args.pixels else f"untrained {args.features}" if args.untrained else args.features
         about = {"features": judged, "temperature": args.temperature, "run": loaded.name, "step": loaded.step}
         print(json.dumps(result | about | {"seconds": round(time.monotonic() - started, 1)}))
 
 
 if __name__ == "__main__":
-    command(main)
+    command(functools.partial(main, ARGUMENTS))

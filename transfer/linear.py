@@ -12,35 +12,41 @@ each of a grid of rates, side by side on the same features, as the encoder's pas
 With `--lr 30` it is the published command. Running the same command again continues after the last finished epoch.
 """
 
+from transfer import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.linear()  # before the imports that take seconds
+
+import functools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from pipeline.command import add_cache_flags, cache_arguments, command
+from pipeline.command import cache_arguments, command
 from pipeline.files import write_atomically
-from pipeline.labelled import eval_batches, read_labels, train_batches
+from pipeline.labelled import read_labels, train_batches
 from pipeline.progress import Progress
 from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.joining import Ranks, joined
+from transfer.arguments import encoder_arguments
 from transfer.knn import check_classes, warn_of_overlap
-from transfer.load import LoadedEncoder, default_resize, load_encoder, weights_hash
+from transfer.load import Feed, LoadedEncoder, load_encoder, weights_hash
 
-GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
 DECAY_AFTER = (0.6, 0.8)  # of the epochs
 
 
@@ -58,6 +64,18 @@ class Heads(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.stack([layer(features) for layer in self.layers])  # [n, D] -> [L, n, C]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the classifiers are trained: one for each of `lr`, side by side."""
+
+    lr: list[float]
+    epochs: int = 100
+    batch_size: int = 256  # over all ranks
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    seed: int = 0
 
 
 def train_epoch(
@@ -104,26 +122,21 @@ def linear(
     train: Source,
     val: Source,
     out: Path,
+    protocol: Protocol,
     *,
-    lrs: list[float],
-    epochs: int = 100,
-    batch_size: int = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    image_size: int | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
-    seed: int = 0,
     num_threads: int | None = None,
     ranks: Ranks,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Trains and judges. Returns a row for each lr after the last epoch: {"epoch", "lr", "loss", "train_top1", "top1",
-    "top5", "seconds"}. All ranks call it; `batch_size` is global.
+    "top5", "seconds"}. All ranks call it.
 
     OUT: metrics.jsonl with such rows of each epoch, and the newest epoch's checkpoint. Raises ValueError for sources
     without labels or with unlike classes, a batch that the ranks do not divide, an OUT that holds another experiment.
     """
     rank, world_size, device = ranks
+    lrs, epochs, batch_size, seed = protocol.lr, protocol.epochs, protocol.batch_size, protocol.seed
     check_classes(train, val)
     order = make_order(train, batch_size, seed)
     order.draw(0, 0, rank, world_size)  # ValueError, before anything long, when the ranks do not divide the batch
@@ -132,7 +145,6 @@ def linear(
         out.mkdir(parents=True, exist_ok=True)  # not found to be impossible after an epoch
     largest = max(largest_label(source, name, ranks, progress) for source, name in ((train, "train"), (val, "val")))
     classes = max(len(train.classes), largest + 1)
-    size = image_size or loaded.image_size
     encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def embed(images: Tensor) -> Tensor:
@@ -142,11 +154,10 @@ def linear(
     torch.manual_seed(seed)
     heads = Heads(len(lrs), encoder.features, classes).to(device)
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, lrs)]
-    optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(groups, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
     settings = {
-        "encoder": weights_hash(encoder.backbone), "train": train.fingerprint, "val": val.fingerprint, "lr": lrs,
-        "epochs": epochs, "batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay,
-        "image_size": size, "seed": seed,
+        "encoder": weights_hash(encoder.backbone), "train": train.fingerprint, "val": val.fingerprint,
+        "image_size": loaded.image_size, "mean_std": loaded.mean_std, **asdict(protocol),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # jsonargparse's number types would make the checkpoint unreadable
     rows, begun = list[dict[str, Any]](), 0
@@ -156,8 +167,9 @@ def linear(
             raise ValueError(
                 f"{checkpoint.directory(out)} holds no checkpoints of a linear classifier: take another --out"
             )
-        if changed := [name for name, value in settings.items() if state["settings"].get(name) != value]:
-            was = ", ".join(f"{name} was {state['settings'].get(name)} and is {settings[name]}" for name in changed)
+        before = {"mean_std": settings["mean_std"]} | state["settings"]  # older checkpoints do not say it
+        if changed := [name for name, value in settings.items() if before.get(name) != value]:
+            was = ", ".join(f"{name} was {before.get(name)} and is {settings[name]}" for name in changed)
             raise ValueError(f"{out} holds another experiment: {was}; take another --out, or delete it")
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
@@ -168,9 +180,13 @@ def linear(
         raise ValueError(f"{metrics} is of no classifier that this program began: take another --out, or move it away")
     model = DistributedDataParallel(heads) if world_size > 1 else heads
     common: dict[str, Any] = {
-        "image_size": size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
+        "image_size": loaded.image_size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
         "device": str(device), "num_threads": num_threads,
     }  # fmt: skip
+    feed = Feed(
+        loaded.image_size, loaded.mean_std, batch_size=max(1, batch_size // world_size), num_threads=num_threads,
+        ranks=ranks,
+    )  # fmt: skip
     batches = train_batches(train, batch_size=batch_size, seed=seed, start=begun * steps, **common)
     for epoch in range(begun, epochs):
         began = time.monotonic()
@@ -179,8 +195,7 @@ def linear(
         label = f"epoch {epoch + 1}/{epochs}" if progress and rank == 0 else ""
         with Progress(label, steps * batch_size) as shown:
             fitted = train_epoch(model, optimizer, embed, batches, steps, lambda n: shown.advance(n * world_size))
-        central = eval_batches(val, resize=default_resize(size), batch_size=max(1, batch_size // world_size), **common)
-        counts = validate(heads, embed, central, device)
+        counts = validate(heads, embed, feed.batches(val), device)
         if world_size > 1:
             dist.all_reduce(fitted)
             dist.all_reduce(counts)
@@ -237,48 +252,22 @@ def shared(read: Callable[[], Any], ranks: Ranks) -> Any:
     return box[0]
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(
-        prog="python -m transfer.linear",
-        description="Linear protocol: accuracy of a linear classifier on frozen features; the last line is one JSON "
-        "object.",
-    )
-    add = parser.add_argument
-    add("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
-    add("--train", type=str, required=True, help="labelled source to train on (folder of shards, URL, card)")
-    add("--val", type=str, required=True, help="labelled source to classify")
-    add("--out", type=Path | None, help="folder for metrics and checkpoint; RUN/linear when left out")
-    add("--lr", type=PositiveFloat | list[PositiveFloat], default=GRID, help="one, or a list for a classifier each")
-    add("--epochs", type=PositiveInt, default=100)
-    add("--batch_size", type=PositiveInt, default=256, help="global, shared out over the ranks")
-    add("--momentum", type=float, default=0.9)
-    add("--weight_decay", type=float, default=0.0)
-    add("--image_size", type=PositiveInt | None, help="side of the crops; the recipe's when left out")
-    add("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; the classifier is fp32")
-    add("--seed", type=int, default=0)
-    add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
-    add_cache_flags(parser)
-    add("--untrained", action="store_true", help="judge the same encoder as it was initialised")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
+def main(args: Namespace) -> None:
     started = time.monotonic()
     out = args.out
     if out is None:
         if not Path(args.run).is_dir():
             raise ValueError(f"{args.run} is no run folder: say with --out where metrics and checkpoint go")
         out = Path(args.run) / ("linear_untrained" if args.untrained else "linear")
-    loaded = load_encoder(args.run, untrained=args.untrained)
+    loaded = load_encoder(args.run, **encoder_arguments(args))
     train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
     lrs = [float(lr) for lr in (args.lr if isinstance(args.lr, list) else [args.lr])]
-    names = ("epochs", "batch_size", "momentum", "weight_decay", "image_size", "precision", "seed", "num_threads")
-    settings = {name: args[name] for name in names}
+    protocol = Protocol(lrs, args.epochs, args.batch_size, args.momentum, args.weight_decay, args.seed)
+    how = {"precision": args.precision, "num_threads": args.num_threads, "progress": True}
     with joined() as ranks:
         if ranks.rank == 0:
             warn_of_overlap(train, val)
-        rows = linear(loaded, train, val, out, lrs=lrs, **settings, ranks=ranks, progress=True)
+        rows = linear(loaded, train, val, out, protocol, ranks=ranks, **how)
     if ranks.rank == 0:
         best = max(rows, key=lambda row: row["top1"])
         if len(lrs) > 2 and best["lr"] in (min(lrs), max(lrs)):
@@ -290,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(functools.partial(main, ARGUMENTS))

@@ -1,6 +1,8 @@
 """An encoder from whatever a user has: a run folder, one of its checkpoints, or a MoCo file of the reference code or of
 its CIFAR-10 demo."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +16,40 @@ import recipe as recipes
 from model import interchange
 from model.encoders import Encoder, build_encoder
 from model.interchange import MoCoFile
-from pipeline.pixels.views import RECIPES, MeanStd, mean_std
+from pipeline.labelled import LabelledBatch, eval_batches
+from pipeline.pixels import views
+from pipeline.pixels.views import MeanStd
+from pipeline.sources.manifest import Source
 from recipe import Recipe
+from trainer.joining import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How images reach an encoder that is judged, and this rank's share of them."""
+
+    image_size: int  # side of the centre crop in pixels
+    mean_std: MeanStd  # by which pixels from 0 to 1 are normalised
+    resize: int | None = None  # short side before the crop; None: `default_resize`
+    batch_size: int = 256  # of this rank
+    num_threads: int | None = None
+    ranks: Ranks = ALONE
+
+    def batches(self, source: Source) -> Iterator[LabelledBatch]:
+        """This rank's part of `source`: images fp32 [n, 3, image_size, image_size] on the device, labels, ids."""
+        return eval_batches(
+            source,
+            image_size=self.image_size,
+            resize=default_resize(self.image_size) if self.resize is None else self.resize,
+            batch_size=self.batch_size,
+            mean_std=self.mean_std,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=str(self.ranks.device),
+            num_threads=self.num_threads,
+        )
 
 
 @dataclass(frozen=True)
@@ -46,20 +80,25 @@ def default_resize(image_size: int) -> int:
     return image_size if image_size < 96 else round(image_size * 256 / 224)
 
 
-def load_encoder(run: str | Path, *, untrained: bool = False) -> LoadedEncoder:
+def load_encoder(
+    run: str | Path, *, untrained: bool = False, image_size: int | None = None, mean_std: MeanStd | None = None
+) -> LoadedEncoder:
     """Reads the query encoder of `run`: a run folder (its newest good checkpoint), one checkpoint of a run wherever it
     lies, or a MoCo `.pth.tar`. What a file is, its content says.
 
     untrained: the same architecture as it was initialised, the baseline that training has to beat; a run folder needs
-    no checkpoint then.
+    no checkpoint then. image_size, mean_std: instead of the recipe's, or of those that are usual for a MoCo file, which
+    says nothing of them.
     Raises FileNotFoundError when there is no such run or no checkpoint in it, ValueError when it cannot be read.
     """
     path = Path(run)
     if path.is_file():
         content = interchange.load_plain(path)
         if not (isinstance(content, dict) and content.keys() >= {"encoder", "step"}):
-            return _of_moco_file(interchange.parse_moco(content, path), untrained)
-        return _of_run(_recipe_of(path, content), str(run), None if untrained else content, path)
+            if untrained:
+                raise ValueError(f"--untrained needs a run folder with its recipe, {path} is a bare checkpoint")
+            return _of_moco_file(interchange.parse_moco(content, path), image_size, mean_std)
+        return _of_run(_recipe_of(path, content), str(run), None if untrained else content, path, image_size, mean_std)
     if not (path / "recipe.yaml").is_file():
         raise FileNotFoundError(
             f"no recipe.yaml in {path}: give the folder that train.py wrote (--out), a checkpoint in it, or a MoCo "
@@ -70,7 +109,7 @@ def load_encoder(run: str | Path, *, untrained: bool = False) -> LoadedEncoder:
         state = checkpoint.load_newest(path)
         if state is None:
             raise FileNotFoundError(f"no checkpoint in {path}/checkpoints yet; train longer or pass --untrained")
-    return _of_run(recipes.load(path / "recipe.yaml"), str(run), state, path)
+    return _of_run(recipes.load(path / "recipe.yaml"), str(run), state, path, image_size, mean_std)
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -94,12 +133,14 @@ def _recipe_of(path: Path, state: dict[str, Any]) -> Recipe:
         ) from None
 
 
-def _of_run(r: Recipe, name: str, state: dict[str, Any] | None, path: Path) -> LoadedEncoder:
+def _of_run(
+    r: Recipe, name: str, state: dict[str, Any] | None, path: Path, image_size: int | None, mean_std: MeanStd | None
+) -> LoadedEncoder:
     """The encoder of recipe `r` with the weights of a checkpoint's `state`; None: as it was initialised. ValueError
     that names `path` when the recipe makes no encoder, or another one than the checkpoint's.
     """
     try:
-        if r.views not in RECIPES or r.image_size < 1:
+        if r.views not in views.RECIPES or r.image_size < 1:
             raise ValueError(f"views {r.views!r} at image_size {r.image_size} are none that a run can have")
         encoder = _build(r)
         if state is not None:
@@ -108,7 +149,8 @@ def _of_run(r: Recipe, name: str, state: dict[str, Any] | None, path: Path) -> L
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} and its recipe (arch {r.arch}, dim {r.dim}) do not fit: {reason[:200]}") from None
-    return LoadedEncoder(encoder.eval(), r, r.image_size, mean_std(r.views), name, step)
+    normalised = mean_std or views.mean_std(r.views)
+    return LoadedEncoder(encoder.eval(), r, image_size or r.image_size, normalised, name, step)
 
 
 def _build(r: Recipe) -> Encoder:
@@ -119,14 +161,16 @@ def _build(r: Recipe) -> Encoder:
         return build_encoder(r.arch, width=r.width, small_stem=r.small_stem, dim=r.dim, mlp=r.mlp)
 
 
-def _of_moco_file(file: MoCoFile, untrained: bool) -> LoadedEncoder:
-    if untrained:
-        raise ValueError(f"--untrained needs a run folder with its recipe, {file.path} is a bare checkpoint")
+def _of_moco_file(file: MoCoFile, image_size: int | None, mean_std: MeanStd | None) -> LoadedEncoder:
     encoder = interchange.encoder_of(file)
     r = Recipe(arch=file.arch, width=file.width, small_stem=file.small_stem, dim=file.dim, mlp=file.mlp)
     # Such a file does not say what it was trained on; a stride-1 stem is that of the reference's CIFAR-10 demo.
     if file.small_stem:
         r = replace(r, views="cifar", image_size=32)
-    return LoadedEncoder(
-        encoder.eval(), r, r.image_size, mean_std(r.views), file.path, has_head=file.has_head, is_run=False
-    )
+    size, normalised = image_size or r.image_size, mean_std or views.mean_std(r.views)
+    if image_size is None or mean_std is None:
+        usual = "CIFAR-10's" if file.small_stem else "ImageNet's"
+        missing = [f"{size} pixels (--image_size)"] if image_size is None else []
+        missing += [f"{usual} mean and std (--mean --std)"] if mean_std is None else []
+        print(f"note: {file.path} does not say how its images were fed; taken: {', '.join(missing)}", file=sys.stderr)
+    return LoadedEncoder(encoder.eval(), r, size, normalised, file.path, has_head=file.has_head, is_run=False)

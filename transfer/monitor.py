@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import nn
 from pipeline.pixels.views import mean_std
 from pipeline.sources.manifest import Source
 from recipe import Recipe
+from trainer.joining import Ranks
 from transfer.knn import evaluate, warn_of_overlap
+from transfer.load import Feed
 
 
 def build_monitor(
@@ -30,6 +33,7 @@ def build_monitor(
         raise ValueError(f"knn_data {r.knn_data} has no classes; give shards that were made from class folders")
     if rank == 0:
         warn_of_overlap(bank, val)
+    feed = Feed(r.image_size, mean_std(r.views), num_threads=r.num_threads or None)
 
     def accuracy(net: nn.Module, device: torch.device, autocast: AbstractContextManager[Any]) -> float:
         # A copy with rank 0's batch-norm statistics, which are the ones in the checkpoint: each rank has its own, and
@@ -43,13 +47,8 @@ def build_monitor(
                 judged,
                 bank,
                 val,
+                replace(feed, ranks=Ranks(rank, ranks, device)),
                 features=r.knn_features,
-                image_size=r.image_size,
-                mean_std=mean_std(r.views),
-                rank=rank,
-                world_size=ranks,
-                device=device,
-                num_threads=r.num_threads or None,
             )
 
     return accuracy
@@ -76,11 +75,12 @@ def knn_accuracy(
     encoder: nn.Module,
     train: Source,
     val: Source,
+    feed: Feed,
     *,
+    k: int = 200,
     features: Literal["backbone", "head"] = "backbone",
-    **settings: Any,
 ) -> float:
-    """kNN accuracy in the middle of training, which it leaves as it found it. `settings` are those of `evaluate`."""
+    """kNN accuracy in the middle of training, which it leaves as it found it."""
     with undisturbed(encoder):
         embed = encoder if features == "head" else encoder.get_submodule("backbone")
-        return float(evaluate(embed, train, val, **settings)["knn"])
+        return float(evaluate(embed, train, val, feed, k=k)["knn"])

@@ -7,8 +7,14 @@ Curves as SVG, the recipe, what the encoder saw, what it holds alike, and which 
 script.
 """
 
+from transfer import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.report()  # before the imports that take seconds
+
 import base64
 import collections
+import functools
 import html
 import json
 import statistics
@@ -17,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse import Namespace
 
 import recipe as recipes
-from pipeline.command import CacheArguments, add_cache_flags, cache_arguments, command
+from pipeline.command import CacheArguments, cache_arguments, command
 from pipeline.files import write_atomically
 from pipeline.preview import preview
 from pipeline.sources.opening import open_source
@@ -277,16 +282,10 @@ def write_report(folders: list[Path], output: Path, *, images: int = 1000, **cac
     return output
 
 
-def main() -> None:
-    parser = ArgumentParser(prog="python -m transfer.report", description="One HTML page about one run or several.")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--output", type=Path | None, help="the page; RUN/report.html of the first run when left out")
-    parser.add_argument("--images", type=NonNegativeInt, default=1000, help="search so many for neighbours; 0: none")
-    add_cache_flags(parser)
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     output = args.output or args.runs[0] / "report.html"
     print(write_report(args.runs, output, images=args.images, **cache_arguments(args)))
 
 
 if __name__ == "__main__":
-    command(main)
+    command(functools.partial(main, ARGUMENTS))

@@ -21,7 +21,7 @@ from pipeline.labelled import eval_batches
 from pipeline.sources.opening import open_source
 from trainer.joining import Ranks
 from transfer.export import export
-from transfer.linear import linear
+from transfer.linear import Protocol, linear
 from transfer.load import load_encoder
 
 SMALL = recipes.Recipe(arch="resnet18", dim=8, mlp=True, queue_size=24, batch_size=12, bn_groups=2, image_size=32)
@@ -116,8 +116,8 @@ def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_
     loaded, source = load_encoder(run_folder), open_source(str(shards_dir))
     alone = Ranks(0, 1, torch.device("cpu"))
     folder = tmp_path / "linear"
-    settings: dict[str, Any] = {"epochs": 3, "batch_size": 30, "num_threads": 1, "ranks": alone}
-    rows = linear(loaded, source, source, folder, lrs=[1e-9, 0.002], **settings)
+    protocol = Protocol([1e-9, 0.002], epochs=3, batch_size=30)
+    rows = linear(loaded, source, source, folder, protocol, num_threads=1, ranks=alone)
     path = export(str(run_folder), tmp_path / "classifier.pth", "torchvision", folder)
     theirs = torchvision.models.resnet18(num_classes=3).eval()
     theirs.load_state_dict(torch.load(path, weights_only=True))

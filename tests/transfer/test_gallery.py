@@ -15,7 +15,7 @@ import recipe as recipes
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from pipeline.sources.storage import Storage
-from transfer import gallery
+from transfer import arguments, gallery
 from transfer.load import load_encoder
 
 
@@ -118,11 +118,11 @@ def test_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--run", run_folder, "--data", shards_dir, "--output", tmp_path / "g.png", "--queries", "2"]
-    monkeypatch.setattr(sys, "argv", ["gallery", *map(str, arguments)])
-    gallery.main()
+    flags = ["--run", run_folder, "--data", shards_dir, "--output", tmp_path / "g.png", "--queries", "2"]
+    monkeypatch.setattr(sys, "argv", ["gallery", *map(str, flags)])
+    gallery.main(arguments.gallery())
     assert capsys.readouterr().out.strip() == str(tmp_path / "g.png")
     assert pixels_of(tmp_path / "g.png").shape[1] > 300
     monkeypatch.setattr(sys, "argv", ["gallery", "--run", str(run_folder), "--data", str(tmp_path / "no")])
     with pytest.raises(FileNotFoundError, match="no"):
-        gallery.main()
+        gallery.main(arguments.gallery())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from transfer import linear
 from transfer.load import LoadedEncoder
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SMALL: dict[str, Any] = {"epochs": 5, "batch_size": 20, "num_threads": 1, "ranks": ALONE}
+SMALL = linear.Protocol([0.3], epochs=5, batch_size=20)
+HOW: dict[str, Any] = {"num_threads": 1, "ranks": ALONE}
 
 
 def coloured(folder: Path, count: int, seed: int, labelled: bool = True) -> Path:
@@ -67,7 +69,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_learns_and_leaves_the_encoder_bit_identical(sources: tuple[Source, Source], tmp_path: Path) -> None:
     loaded = encoder()
     before = {name: tensor.clone() for name, tensor in loaded.encoder.state_dict().items()}
-    rows = linear.linear(loaded, *sources, tmp_path, lrs=[0.3], **SMALL)
+    rows = linear.linear(loaded, *sources, tmp_path, replace(SMALL, lr=[0.3]), **HOW)
     assert [row["epoch"] for row in rows] == [5] and rows[0]["lr"] == 0.3
     assert rows[0]["top1"] > 0.9 and rows[0]["top5"] == 1.0  # of three classes
     assert rows[0]["loss"] < 0.7 < np.log(3) and rows[0]["train_top1"] > 0.8
@@ -97,8 +99,8 @@ def test_files_of_others_are_not_written_over(
 
 
 def test_each_learning_rate_is_on_its_own(sources: tuple[Source, Source], tmp_path: Path) -> None:
-    alone = linear.linear(encoder(), *sources, tmp_path / "1", lrs=[0.1], **SMALL | {"epochs": 2})
-    beside = linear.linear(encoder(), *sources, tmp_path / "2", lrs=[0.1, 1e6], **SMALL | {"epochs": 2})
+    alone = linear.linear(encoder(), *sources, tmp_path / "1", replace(SMALL, lr=[0.1], epochs=2), **HOW)
+    beside = linear.linear(encoder(), *sources, tmp_path / "2", replace(SMALL, lr=[0.1, 1e6], epochs=2), **HOW)
     for name in ("loss", "train_top1", "top1"):
         assert beside[0][name] == pytest.approx(alone[0][name], rel=1e-6)
     assert beside[1]["loss"] > 1e3 * beside[0]["loss"]
@@ -145,7 +147,7 @@ def test_the_reference_schedule() -> None:
 def test_an_interrupted_run_goes_on_where_it_was(
     sources: tuple[Source, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = linear.linear(encoder(), *sources, tmp_path / "whole", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+    whole = linear.linear(encoder(), *sources, tmp_path / "whole", replace(SMALL, lr=[0.1, 1.0], epochs=3), **HOW)
     save = checkpoint.save
 
     def fail_at_two(run_dir: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
@@ -155,26 +157,28 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
     monkeypatch.setattr(checkpoint, "save", fail_at_two)
     with pytest.raises(OSError, match="no space"):
-        linear.linear(encoder(), *sources, tmp_path / "cut", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+        linear.linear(encoder(), *sources, tmp_path / "cut", replace(SMALL, lr=[0.1, 1.0], epochs=3), **HOW)
     monkeypatch.undo()
-    resumed = linear.linear(encoder(), *sources, tmp_path / "cut", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+    resumed = linear.linear(encoder(), *sources, tmp_path / "cut", replace(SMALL, lr=[0.1, 1.0], epochs=3), **HOW)
     assert without_times(resumed) == without_times(whole)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
     assert without_times(list(map(json.loads, lines[0]))) == without_times(list(map(json.loads, lines[1])))
     with pytest.raises(ValueError, match="another experiment: lr was"):
-        linear.linear(encoder(), *sources, tmp_path / "cut", lrs=[0.1], **SMALL | {"epochs": 3})
+        linear.linear(encoder(), *sources, tmp_path / "cut", replace(SMALL, lr=[0.1], epochs=3), **HOW)
     with pytest.raises(ValueError, match="another experiment: val was"):
-        linear.linear(encoder(), sources[0], sources[0], tmp_path / "cut", lrs=[0.1, 1.0], **SMALL | {"epochs": 3})
+        linear.linear(
+            encoder(), sources[0], sources[0], tmp_path / "cut", replace(SMALL, lr=[0.1, 1.0], epochs=3), **HOW
+        )
 
 
 def test_sources_that_do_not_fit(sources: tuple[Source, Source], tmp_path: Path) -> None:
     bare = open_source(str(coloured(tmp_path / "bare", 20, 2, labelled=False)))
     with pytest.raises(ValueError, match="not every image of the train source has a label"):
-        linear.linear(encoder(), bare, sources[1], tmp_path / "a", lrs=[1.0], **SMALL)
+        linear.linear(encoder(), bare, sources[1], tmp_path / "a", replace(SMALL, lr=[1.0]), **HOW)
     with pytest.raises(ValueError, match="not every image of the val source has a label"):
-        linear.linear(encoder(), sources[0], bare, tmp_path / "b", lrs=[1.0], **SMALL)
+        linear.linear(encoder(), sources[0], bare, tmp_path / "b", replace(SMALL, lr=[1.0]), **HOW)
     with pytest.raises(ValueError, match="less than one batch of 64"):
-        linear.linear(encoder(), *sources, tmp_path / "c", lrs=[1.0], **SMALL | {"batch_size": 64})
+        linear.linear(encoder(), *sources, tmp_path / "c", replace(SMALL, lr=[1.0], batch_size=64), **HOW)
 
 
 @pytest.mark.slow

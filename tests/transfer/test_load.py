@@ -1,21 +1,24 @@
 """What a file is, its content says; whatever is computed from parts that it lacks is refused."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from conftest import REPOSITORY, cpu_environment
 
 import checkpoint
 import recipe as recipes
 from model.interchange import read_moco
 from pipeline.sources.opening import open_source
-from transfer import knn
+from transfer import arguments, gallery, knn
 from transfer.export import export
 from transfer.gallery import make_gallery
-from transfer.load import load_encoder
+from transfer.load import Feed, load_encoder
 
 
 def torchvision_file(path: Path) -> Path:
@@ -41,7 +44,7 @@ def test_knn_on_the_head_of_a_file_without_one_is_an_error(
     command = ["knn", "--run", file, "--train", shards, "--val", shards, "--features", "head"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(ValueError, match="without a projection head"):
-        knn.main()
+        knn.main(arguments.knn())
 
 
 def test_the_head_of_a_run_is_its_own(run_folder: Path) -> None:
@@ -227,3 +230,66 @@ def test_a_checkpoint_with_foreign_keys_is_one_line_that_names_the_file(run_fold
     with pytest.raises(ValueError, match="do not fit") as raised:
         load_encoder(folder)
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_foreign_files_are_fed_as_told(
+    tmp_path: Path, shards_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--image_size, --mean and --std decide what the encoder sees; what is taken without them is said."""
+    file = torchvision_file(tmp_path / "r18.pth")
+    usual = load_encoder(file)
+    assert (usual.image_size, usual.mean_std[0]) == (224, (0.485, 0.456, 0.406))
+    assert "224 pixels (--image_size), ImageNet's mean and std (--mean --std)" in capsys.readouterr().err
+    seen = []
+
+    def extract(embed: object, source: object, feed: Any, **_: object) -> None:
+        seen.append(feed)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(knn, "extract", extract)
+    monkeypatch.setattr("transfer.gallery.extract", extract)
+    told = ["--run", str(file), "--image_size", "64", "--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.2", "0.1"]
+    shards = str(shards_dir)
+    monkeypatch.setattr("sys.argv", ["knn", *told, "--train", shards, "--val", shards])
+    with pytest.raises(ValueError, match="seen"):
+        knn.main(arguments.knn())
+    monkeypatch.setattr("sys.argv", ["gallery", *told, "--data", shards, "--output", str(tmp_path / "g.png")])
+    with pytest.raises(ValueError, match="seen"):
+        gallery.main(arguments.gallery())
+    assert "does not say" not in capsys.readouterr().err
+    for feed in seen:
+        assert (feed.image_size, feed.mean_std) == (64, ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
+    monkeypatch.setattr("sys.argv", ["linear", *told, "--train", shards, "--val", shards])
+    assert arguments.encoder_arguments(arguments.linear())["mean_std"] == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    monkeypatch.setattr("sys.argv", ["linear", *told[:8], "--train", shards, "--val", shards])
+    with pytest.raises(ValueError, match="--mean and --std belong together"):
+        arguments.encoder_arguments(arguments.linear())
+
+
+def test_another_normalisation_gives_other_features(run_folder: Path, shards_dir: Path) -> None:
+    source = open_source(str(shards_dir))
+    features = []
+    for mean_std in (None, ((0.5,) * 3, (0.25,) * 3)):
+        loaded = load_encoder(run_folder, mean_std=mean_std)
+        feed = Feed(loaded.image_size, loaded.mean_std, batch_size=16, num_threads=1)
+        features.append(knn.extract(loaded.part("backbone"), source, feed, limit=16)[0])
+    assert not torch.allclose(features[0], features[1], atol=1e-3)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["knn", "linear", "gallery", "export", "report", "curves"])
+def test_help_answers_before_anything_heavy_is_imported(name: str) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = ["transfer.{name}", "--help"]
+try:
+    runpy.run_module("transfer.{name}", run_name="__main__")
+except SystemExit as ended:
+    heavy = {{"torch", "torchvision", "nvidia", "accelerate", "numba", "matplotlib"}} & set(sys.modules)
+    sys.exit(f"imported: {{heavy}}" if heavy or ended.code else 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m transfer" in done.stdout

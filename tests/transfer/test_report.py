@@ -12,7 +12,7 @@ from PIL import Image
 
 import checkpoint
 import recipe as recipes
-from transfer import chart, report
+from transfer import arguments, chart, report
 from transfer.load import load_encoder
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -132,7 +132,7 @@ document.body.innerHTML = "<pre>" + JSON.stringify({images, wide, fetched,
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", "/nowhere", steps=5)
     monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "0"])
-    report.main()
+    report.main(arguments.report())
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").stat().st_size > 5_000
     with pytest.raises(FileNotFoundError, match="other is not a run"):

@@ -1,0 +1,160 @@
+"""The flags of this room's commands. Nothing heavy is imported here: `--help` and a mistyped flag answer at once,
+before the seconds that torch and DALI take.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline.command import add_cache_flags
+
+RUN = "run folder, a checkpoint of a run, or a MoCo .pth.tar"
+SOURCE = "(folder of shards, URL, card)"
+GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
+
+
+def knn() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.knn",
+        description="Weighted kNN accuracy of an encoder; the last line is one JSON object.",
+    )
+    add = parser.add_argument
+    _add_encoder_flags(parser)
+    add("--train", type=str, required=True, help=f"labelled source whose features vote {SOURCE}")
+    add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
+    _add_features_flag(parser)
+    add("--k", type=PositiveInt, default=200, help="neighbours that vote; at most the number of training images")
+    add("--temperature", type=PositiveFloat, default=0.1, help="votes weigh exp(similarity / temperature)")
+    add(
+        "--resize",
+        type=PositiveInt | None,
+        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
+    )
+    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
+    _add_precision_flag(parser, "similarities are always fp32")
+    add("--num_threads", type=PositiveInt | None, help="decoding threads; all cores when left out")
+    add_cache_flags(parser)
+    add("--pixels", action="store_true", help="judge raw pixels (averaged down to 32x32 when larger)")
+    return parser.parse_args()
+
+
+def linear() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.linear",
+        description="Linear protocol: accuracy of a linear classifier on frozen features; the last line is one JSON "
+        "object.",
+    )
+    add = parser.add_argument
+    _add_encoder_flags(parser)
+    add("--train", type=str, required=True, help=f"labelled source to train on {SOURCE}")
+    add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
+    add("--out", type=Path | None, help="folder for metrics and checkpoint; RUN/linear when left out")
+    add("--lr", type=PositiveFloat | list[PositiveFloat], default=GRID, help="one, or a list for a classifier each")
+    add("--epochs", type=PositiveInt, default=100, help="passes over the training images")
+    add("--batch_size", type=PositiveInt, default=256, help="images per step over all ranks")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--weight_decay", type=float, default=0.0, help="weight decay of SGD")
+    _add_precision_flag(parser, "the classifier is fp32")
+    add("--seed", type=int, default=0, help="seed of the classifier's weights, of order and crops")
+    add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
+def gallery() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.gallery", description="Query images with their nearest neighbours."
+    )
+    add = parser.add_argument
+    _add_encoder_flags(parser)
+    add("--data", type=str, required=True, help=f"source to search {SOURCE}; labels are optional")
+    add("--output", type=str, default="gallery.png", help="the PNG to write")
+    add("--queries", type=PositiveInt, default=8, help="rows of the picture")
+    add("--neighbours", type=PositiveInt, default=8, help="neighbours in a row")
+    _add_features_flag(parser)
+    add("--images", type=PositiveInt | None, help="search only the first so many images; all when left out")
+    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass")
+    add("--seed", type=int, default=0, help="decides which images are queries")
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
+def export() -> Namespace:
+    parser = ArgumentParser(prog="python -m transfer.export", description="Writes a run's encoder for use elsewhere.")
+    add = parser.add_argument
+    add("--run", type=str, required=True, help=RUN)
+    add("--output", type=Path, required=True, help="the file to write, such as r50.pth or r50.safetensors")
+    add(
+        "--format",
+        type=Literal["torchvision", "moco"],
+        default="torchvision",
+        help="whose names: torchvision's, or those of the reference MoCo code, with all that its --resume needs",
+    )
+    add("--linear", type=Path | None, help="folder of transfer.linear: its classifier becomes `fc`")
+    return parser.parse_args()
+
+
+def report() -> Namespace:
+    parser = ArgumentParser(prog="python -m transfer.report", description="One HTML page about one run or several.")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", help="run folders")
+    add("--output", type=Path | None, help="the page to write; RUN/report.html of the first run when left out")
+    add(
+        "--images",
+        type=NonNegativeInt,
+        default=1000,
+        help="how many of a run's images are searched for neighbours; 0: no such picture",
+    )
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
+def curves() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.curves", description="Draws loss, learning rate, kNN and images/s of a run."
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--output", type=Path | None, help="the PNG to write; RUN/curves.png when left out")
+    return parser.parse_args()
+
+
+def encoder_arguments(args: Namespace) -> dict[str, Any]:
+    """The arguments of `load_encoder` that the flags of `_add_encoder_flags` give. ValueError for half of a pair."""
+    if (args.mean is None) != (args.std is None):
+        raise ValueError("--mean and --std belong together: give both, three numbers each, for pixels from 0 to 1")
+    mean_std = None if args.mean is None else (tuple(args.mean), tuple(args.std))
+    if mean_std and not all(number > 0 for number in mean_std[1]):
+        raise ValueError(f"--std is {args.std}; pixels are divided by it, so it must be above 0")
+    return {"untrained": args.untrained, "image_size": args.image_size, "mean_std": mean_std}
+
+
+def _add_encoder_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", type=str, required=True, help=RUN)
+    add("--untrained", action="store_true", help="the same encoder as it was initialised")
+    add(
+        "--image_size",
+        type=PositiveInt | None,
+        help="side of the crop in pixels; by default the recipe's, 224 for a MoCo file (32 with a stride-1 stem)",
+    )
+    usual = "by default the recipe's, ImageNet's for a MoCo file (CIFAR-10's with a stride-1 stem)"
+    numbers: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    add("--mean", **numbers, help=f"what pixels from 0 to 1 are normalised by: their mean; {usual}")
+    add("--std", **numbers, help="and their standard deviation; with --mean")
+
+
+def _add_features_flag(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        type=Literal["backbone", "head"],
+        default="backbone",
+        help="what is compared: the backbone's pooled output, or the head's",
+    )
+
+
+def _add_precision_flag(parser: ArgumentParser, rest: str) -> None:
+    parser.add_argument(
+        "--precision", type=Literal["fp32", "bf16"], default="fp32", help=f"number format of the encoder; {rest}"
+    )
