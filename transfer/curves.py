@@ -3,7 +3,6 @@ runs/photos/curves.png."""
 
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,40 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: give the folder that train.py wrote (--out)")
     steps: dict[int, dict[str, Any]] = {}
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise ValueError(f"line {number} of {path} is no JSON object with a step: {line[:80]!r}") from None
+    for row in read_objects(path, field="step"):
         # kNN may be logged on a line of its own for the same step.
+        step = int(row["step"])
         steps[step] = steps.get(step, {}) | row
     return [steps[step] for step in sorted(steps)]
 
 
+def read_objects(path: Path, *, field: str = "") -> list[dict[str, Any]]:
+    """The JSON objects of a file of one a line, each with a number as `field` if given; a last line that a kill cut
+    short is left out. ValueError that names the file and the first strange line.
+    """
+    rows = []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and (not field or is_number(row.get(field))):
+            rows.append(row)
+        elif number < len(lines):
+            what = f"JSON object with a {field}" if field else "JSON object"
+            raise ValueError(f"line {number} of {path} is no {what}: {line[:80].decode(errors='replace')!r}")
+    return rows
+
+
+def is_number(value: object) -> bool:
+    """A finite number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) < 1e300
+
+
 def series(rows: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one field; lines without it, and values that are not finite, are left out."""
-    pairs = [
-        (row["step"], row[field])
-        for row in rows
-        if isinstance(row.get(field), int | float) and math.isfinite(row[field])
-    ]
+    pairs = [(row["step"], row[field]) for row in rows if is_number(row.get(field))]
     return [int(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
 

@@ -32,7 +32,7 @@ from pipeline.sources.storage import Storage, storage_for
 from trainer.joining import Ranks
 from transfer.arguments import encoder_arguments
 from transfer.knn import extract, nearest
-from transfer.load import Feed, LoadedEncoder, load_encoder
+from transfer.load import CentralCrops, LoadedEncoder, load_encoder
 
 CELL = 104  # pixels: side of a picture in the gallery
 PRINT = 18  # pixels of small print under it
@@ -47,6 +47,11 @@ def original(source: Source, storage: Storage, sample_id: int) -> Image.Image:
     index = read_index(read_index_text(manifest, shard, storage))
     start, size = int(index.offsets[row]), int(index.sizes[row])
     return picture(storage.open(manifest.shard_url(shard))[start : start + size])
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and other signs that cannot be drawn: class names are the names of somebody's folders."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def choose_queries(labels: Tensor, queries: int, seed: int) -> list[int]:
@@ -69,7 +74,7 @@ def draw(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Image.Im
     step_x, step_y = CELL + GAP, CELL + PRINT + GAP
     page = Image.new("RGB", (GAP + columns * step_x + 2 * GAP, 34 + len(rows) * step_y + GAP), PAPER)
     pen = ImageDraw.Draw(page)
-    pen.text((GAP, 10), title, fill=INK, font=ImageFont.load_default(size=13))
+    pen.text((GAP, 10), one_line(title), fill=INK, font=ImageFont.load_default(size=13))
     for r, row in enumerate(rows):
         for c, (image, text, frame) in enumerate(row):
             x, y = GAP + c * step_x + (2 * GAP if c else 0), 34 + r * step_y
@@ -78,6 +83,7 @@ def draw(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Image.Im
             page.paste(ImageOps.fit(image, (CELL, CELL), method=method), (x, y))
             if frame:
                 pen.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=frame, width=2)
+            text = one_line(text)
             while text and pen.textlength(text, font=font) > CELL:
                 text = text[:-2] + "…"
             pen.text((x, y + CELL + 3), text, fill=FAINT if c else INK, font=font)
@@ -103,7 +109,9 @@ def make_gallery(
     vectors, labels, sample_ids = extract(
         loaded.part(features).to(device),
         source,
-        Feed(loaded.image_size, loaded.mean_std, batch_size=batch_size, ranks=Ranks(0, 1, torch.device(device))),
+        CentralCrops(
+            loaded.image_size, loaded.mean_std, batch_size=batch_size, ranks=Ranks(0, 1, torch.device(device))
+        ),
         limit=images,
         progress="features" if progress else "",
     )

@@ -37,7 +37,7 @@ from pipeline.sources.manifest import Source, shared_samples
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
 from transfer.arguments import encoder_arguments
-from transfer.load import Feed, load_encoder
+from transfer.load import CentralCrops, load_encoder
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
 TEST_CHUNK = 1_024
@@ -47,7 +47,7 @@ PIXELS_SIDE = 32  # raw pixels of larger images are averaged down to this, else 
 def extract(
     embed: Callable[[Tensor], Tensor],
     source: Source,
-    feed: Feed,
+    crops: CentralCrops,
     *,
     limit: int | None = None,
     progress: str = "",
@@ -59,7 +59,7 @@ def extract(
     first so many.
     progress: what rank 0's progress bar is called; empty for none.
     """
-    rank, world_size, _ = feed.ranks
+    rank, world_size, _ = crops.ranks
     capacity = -(-source.samples // world_size)  # filled in place: a list and torch.cat would need the memory twice
     capacity = capacity if limit is None else min(capacity, limit)
     features: Tensor | None = None
@@ -67,7 +67,7 @@ def extract(
     sample_ids = torch.empty(capacity, dtype=torch.int64)
     n = 0
     with torch.no_grad(), Progress(progress if rank == 0 else "", capacity) as shown:
-        for batch in feed.batches(source):
+        for batch in crops.batches(source):
             y = F.normalize(embed(batch.images).float(), dim=1)[: capacity - n]  # [b, D]
             if features is None:
                 features = torch.empty(capacity, y.shape[1])
@@ -182,7 +182,7 @@ def evaluate(
     embed: Callable[[Tensor], Tensor],
     train: Source,
     val: Source,
-    feed: Feed,
+    crops: CentralCrops,
     *,
     k: int = 200,
     temperature: float = 0.1,
@@ -195,9 +195,9 @@ def evaluate(
     """
     check_classes(train, val)
 
-    rank, world_size, device = feed.ranks
-    train_features, train_labels, _ = extract(embed, train, feed, progress="train features" if progress else "")
-    test_features, test_labels, _ = extract(embed, val, feed, progress="val features" if progress else "")
+    rank, world_size, device = crops.ranks
+    train_features, train_labels, _ = extract(embed, train, crops, progress="train features" if progress else "")
+    test_features, test_labels, _ = extract(embed, val, crops, progress="val features" if progress else "")
     group = dist.group.WORLD if world_size > 1 else None
     total = len(train_labels)
     largest = int(max(train_labels.max(), test_labels.max()))
@@ -252,10 +252,10 @@ def main(args: Namespace) -> None:
         train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
         if ranks.rank == 0:
             warn_of_overlap(train, val)
-        feed = Feed(
+        crops = CentralCrops(
             loaded.image_size, loaded.mean_std, args.resize, args.batch_size, num_threads=args.num_threads, ranks=ranks
         )
-        result = evaluate(embed, train, val, feed, k=args.k, temperature=args.temperature, progress=True)
+        result = evaluate(embed, train, val, crops, k=args.k, temperature=args.temperature, progress=True)
     if ranks.rank == 0:
         judged = "pixels" if args.pixels else f"untrained {args.features}" if args.untrained else args.features
         about = {"features": judged, "temperature": args.temperature, "run": loaded.name, "step": loaded.step}

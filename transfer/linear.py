@@ -45,7 +45,7 @@ from pipeline.sources.opening import open_source
 from trainer.joining import Ranks, joined
 from transfer.arguments import encoder_arguments
 from transfer.knn import check_classes, warn_of_overlap
-from transfer.load import Feed, LoadedEncoder, load_encoder, weights_hash
+from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
 
 DECAY_AFTER = (0.6, 0.8)  # of the epochs
 
@@ -183,7 +183,7 @@ def linear(
         "image_size": loaded.image_size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
         "device": str(device), "num_threads": num_threads,
     }  # fmt: skip
-    feed = Feed(
+    crops = CentralCrops(
         loaded.image_size, loaded.mean_std, batch_size=max(1, batch_size // world_size), num_threads=num_threads,
         ranks=ranks,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def linear(
         label = f"epoch {epoch + 1}/{epochs}" if progress and rank == 0 else ""
         with Progress(label, steps * batch_size) as shown:
             fitted = train_epoch(model, optimizer, embed, batches, steps, lambda n: shown.advance(n * world_size))
-        counts = validate(heads, embed, feed.batches(val), device)
+        counts = validate(heads, embed, crops.batches(val), device)
         if world_size > 1:
             dist.all_reduce(fitted)
             dist.all_reduce(counts)

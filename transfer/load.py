@@ -27,8 +27,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
-class Feed:
-    """How images reach an encoder that is judged, and this rank's share of them."""
+class CentralCrops:
+    """How a source's images reach an encoder that is judged, and this rank's share of them."""
 
     image_size: int  # side of the centre crop in pixels
     mean_std: MeanStd  # by which pixels from 0 to 1 are normalised
@@ -54,7 +54,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """The query encoder in fp32 on the CPU, in eval mode, with what is needed to feed it as it was trained."""
+    """The query encoder in fp32 on the CPU, in eval mode, with what is needed to crops it as it was trained."""
 
     encoder: Encoder
     recipe: Recipe  # of a MoCo file: what it says of its encoder, the usual values for the rest

@@ -17,7 +17,7 @@ from pipeline.sources.manifest import Source
 from recipe import Recipe
 from trainer.joining import Ranks
 from transfer.knn import evaluate, warn_of_overlap
-from transfer.load import Feed
+from transfer.load import CentralCrops
 
 
 def build_monitor(
@@ -33,7 +33,7 @@ def build_monitor(
         raise ValueError(f"knn_data {r.knn_data} has no classes; give shards that were made from class folders")
     if rank == 0:
         warn_of_overlap(bank, val)
-    feed = Feed(r.image_size, mean_std(r.views), num_threads=r.num_threads or None)
+    crops = CentralCrops(r.image_size, mean_std(r.views), num_threads=r.num_threads or None)
 
     def accuracy(net: nn.Module, device: torch.device, autocast: AbstractContextManager[Any]) -> float:
         # A copy with rank 0's batch-norm statistics, which are the ones in the checkpoint: each rank has its own, and
@@ -47,7 +47,7 @@ def build_monitor(
                 judged,
                 bank,
                 val,
-                replace(feed, ranks=Ranks(rank, ranks, device)),
+                replace(crops, ranks=Ranks(rank, ranks, device)),
                 features=r.knn_features,
             )
 
@@ -75,7 +75,7 @@ def knn_accuracy(
     encoder: nn.Module,
     train: Source,
     val: Source,
-    feed: Feed,
+    crops: CentralCrops,
     *,
     k: int = 200,
     features: Literal["backbone", "head"] = "backbone",
@@ -83,4 +83,4 @@ def knn_accuracy(
     """kNN accuracy in the middle of training, which it leaves as it found it."""
     with undisturbed(encoder):
         embed = encoder if features == "head" else encoder.get_submodule("backbone")
-        return float(evaluate(embed, train, val, feed, k=k)["knn"])
+        return float(evaluate(embed, train, val, crops, k=k)["knn"])

@@ -16,7 +16,6 @@ import base64
 import collections
 import functools
 import html
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from pipeline.preview import preview
 from pipeline.sources.opening import open_source
 from recipe import Recipe
 from transfer.chart import COLOURS, Line, line_chart, short
-from transfer.curves import read_metrics, series
+from transfer.curves import read_metrics, read_objects, series
 from transfer.gallery import make_gallery
 from transfer.load import load_encoder
 
@@ -91,29 +90,27 @@ class Run:
 
 
 def read_run(folder: Path, name: str, colour: str) -> Run:
-    """Raises FileNotFoundError when `folder` is not a run that logged something."""
+    """Raises FileNotFoundError when `folder` is not a run that logged something, ValueError that names the file when
+    one of its files is not what train.py writes."""
     recipe_file = folder / "recipe.yaml"
     if not recipe_file.is_file():
         raise FileNotFoundError(
             f"{folder} is not a run: no recipe.yaml in it; give the folder that train.py wrote (--out)"
         )
-    quarantine = []
-    if (folder / "quarantine.jsonl").is_file():
-        for line in (folder / "quarantine.jsonl").read_text().splitlines():
-            try:
-                quarantine.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # the line that was being written
+    bad = folder / "quarantine.jsonl"
     # Several passes meet the same bad sample again.
-    unique = {(q.get("source"), q.get("shard"), q.get("key"), q.get("sample_id")): q for q in quarantine}
+    unique = {
+        tuple(str(q.get(name)) for name in ("source", "shard", "key", "sample_id")): q
+        for q in (read_objects(bad) if bad.is_file() else [])
+    }
     return Run(folder, name, colour, recipes.load(recipe_file), read_metrics(folder), list(unique.values()))
 
 
 def linear_accuracy(run_dir: Path) -> float | None:
     """Top-1 of the best classifier after the newest epoch of transfer.linear, None where it has not run."""
     metrics = run_dir / "linear" / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    return max((row["top1"] for row in rows if row["epoch"] == rows[-1]["epoch"]), default=None)
+    rows = read_objects(metrics, field="top1") if metrics.is_file() else []
+    return max((row["top1"] for row in rows if row.get("epoch") == rows[-1].get("epoch")), default=None)
 
 
 def names_of(folders: list[Path]) -> list[str]:

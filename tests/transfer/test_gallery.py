@@ -65,6 +65,13 @@ def test_page(tmp_path: Path) -> None:
     assert (pixels == green).all(axis=2).sum() == 2 * 4 * 2 * (gallery.CELL + 2)
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "tab\there", "bell\a", "odd \udc80 name", "\r\n"])
+def test_a_class_name_with_a_line_break(name: str) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    page = gallery.draw([[(picture, name, ""), (picture, f"{name * 30} (0.91)", gallery.SAME)]], f"title {name}")
+    assert (np.asarray(page) == (255, 0, 0)).all(axis=2).sum() == 2 * gallery.CELL**2
+
+
 def test_nearest_first(run_folder: Path, shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(shards_dir))
     rows: list[list[tuple[Image.Image, str, str]]] = []

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, cpu_environment
 
 from pipeline.sources.opening import open_source
 from transfer import knn
-from transfer.load import Feed, default_resize, load_encoder
+from transfer.load import CentralCrops, default_resize, load_encoder
 
 
 def brute_force(
@@ -151,13 +151,13 @@ def test_command_errors(run_folder: Path, shards_dir: Path, tmp_path: Path) -> N
     assert "Traceback" not in wrong.stderr
 
 
-def feed() -> Feed:
-    return Feed(32, ((0.5,) * 3, (0.25,) * 3), batch_size=16, num_threads=1)
+def crops() -> CentralCrops:
+    return CentralCrops(32, ((0.5,) * 3, (0.25,) * 3), batch_size=16, num_threads=1)
 
 
 def test_k_is_capped(run_folder: Path, shards_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(str(shards_dir))
-    result = knn.evaluate(knn.raw_pixels, source, source, feed(), k=200, progress=True)
+    result = knn.evaluate(knn.raw_pixels, source, source, crops(), k=200, progress=True)
     assert result["k"] == 60
     assert "k 200 is more than the 60 training images" in capsys.readouterr().err
 
@@ -177,12 +177,12 @@ def test_images_that_find_themselves_are_told(
 
 def test_extract_in_order(shards_dir: Path) -> None:
     source = open_source(str(shards_dir))
-    features, labels, sample_ids = knn.extract(knn.raw_pixels, source, feed())
+    features, labels, sample_ids = knn.extract(knn.raw_pixels, source, crops())
     assert features.shape == (60, 3 * 32 * 32)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(60))
     assert sample_ids.tolist() == list(range(60))
     assert labels.bincount().tolist() == [20, 20, 20]
-    first, _, _ = knn.extract(knn.raw_pixels, source, feed(), limit=21)
+    first, _, _ = knn.extract(knn.raw_pixels, source, crops(), limit=21)
     torch.testing.assert_close(first, features[:21])
 
 
@@ -196,7 +196,7 @@ def test_unlabelled_source_is_an_error(image_folder: Path, shards_dir: Path, tmp
     subprocess.run(command, check=True, cwd=REPOSITORY, timeout=120, capture_output=True)
     labelled, unlabelled = open_source(str(shards_dir)), open_source(str(tmp_path / "shards"))
     with pytest.raises(ValueError, match="20 of 20 images of the val source have no label"):
-        knn.evaluate(knn.raw_pixels, labelled, unlabelled, feed())
+        knn.evaluate(knn.raw_pixels, labelled, unlabelled, crops())
 
 
 def test_untrained_is_the_runs_own_start(run_folder: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.sources.opening import open_source
 from transfer import arguments, gallery, knn
 from transfer.export import export
 from transfer.gallery import make_gallery
-from transfer.load import Feed, load_encoder
+from transfer.load import CentralCrops, load_encoder
 
 
 def torchvision_file(path: Path) -> Path:
@@ -242,8 +242,8 @@ def test_foreign_files_are_fed_as_told(
     assert "224 pixels (--image_size), ImageNet's mean and std (--mean --std)" in capsys.readouterr().err
     seen = []
 
-    def extract(embed: object, source: object, feed: Any, **_: object) -> None:
-        seen.append(feed)
+    def extract(embed: object, source: object, crops: Any, **_: object) -> None:
+        seen.append(crops)
         raise ValueError("seen")
 
     monkeypatch.setattr(knn, "extract", extract)
@@ -257,8 +257,8 @@ def test_foreign_files_are_fed_as_told(
     with pytest.raises(ValueError, match="seen"):
         gallery.main(arguments.gallery())
     assert "does not say" not in capsys.readouterr().err
-    for feed in seen:
-        assert (feed.image_size, feed.mean_std) == (64, ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
+    for crops in seen:
+        assert (crops.image_size, crops.mean_std) == (64, ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
     monkeypatch.setattr("sys.argv", ["linear", *told, "--train", shards, "--val", shards])
     assert arguments.encoder_arguments(arguments.linear())["mean_std"] == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     monkeypatch.setattr("sys.argv", ["linear", *told[:8], "--train", shards, "--val", shards])
@@ -271,8 +271,8 @@ def test_another_normalisation_gives_other_features(run_folder: Path, shards_dir
     features = []
     for mean_std in (None, ((0.5,) * 3, (0.25,) * 3)):
         loaded = load_encoder(run_folder, mean_std=mean_std)
-        feed = Feed(loaded.image_size, loaded.mean_std, batch_size=16, num_threads=1)
-        features.append(knn.extract(loaded.part("backbone"), source, feed, limit=16)[0])
+        crops = CentralCrops(loaded.image_size, loaded.mean_std, batch_size=16, num_threads=1)
+        features.append(knn.extract(loaded.part("backbone"), source, crops, limit=16)[0])
     assert not torch.allclose(features[0], features[1], atol=1e-3)
 
 

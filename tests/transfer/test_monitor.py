@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.sources.opening import open_source
-from transfer.load import Feed, load_encoder
+from transfer.load import CentralCrops, load_encoder
 from transfer.monitor import knn_accuracy
 
 
@@ -23,7 +23,7 @@ def test_monitor_leaves_training_as_it_was(run_folder: Path, shards_dir: Path) -
         encoder,
         source,
         source,
-        Feed(32, ((0.5,) * 3, (0.25,) * 3), batch_size=16, num_threads=1),
+        CentralCrops(32, ((0.5,) * 3, (0.25,) * 3), batch_size=16, num_threads=1),
         k=5,
     )
     assert 1 / 3 < accuracy <= 1

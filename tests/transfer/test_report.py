@@ -129,6 +129,41 @@ document.body.innerHTML = "<pre>" + JSON.stringify({images, wide, fetched,
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100
 
 
+STRANGE = ["[1, 2]", "3", '"text"', "null", "{", "[" * 100_000, "\ufffe", "\0"]
+
+
+@pytest.mark.parametrize(
+    "line", [*STRANGE, '{"step": "x"}', '{"step": 1e999}', '{"loss": 1}', f'{{"step": 1{"0" * 400}}}']
+)
+def test_a_strange_line_in_metrics_is_one_line_that_names_the_file(tmp_path: Path, line: str) -> None:
+    run = make_run(tmp_path / "run", "/nowhere", steps=5)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(f"{line}\n".encode() + b'{"step": 6}\n')
+    with pytest.raises(ValueError, match=r"^line 7 of .*metrics\.jsonl is no JSON object with a step: .*$"):
+        report.write_report([run], tmp_path / "r.html", images=0)
+
+
+@pytest.mark.parametrize("line", [*STRANGE, "\udc80"])
+def test_a_strange_line_in_quarantine_is_one_line_that_names_the_file(tmp_path: Path, line: str) -> None:
+    run = make_run(tmp_path / "run", "/nowhere", steps=5)
+    with (run / "quarantine.jsonl").open("ab") as file:
+        file.write(f"{line}\n".encode(errors="surrogateescape") + b"{}\n")
+    with pytest.raises(ValueError, match=r"^line 4 of .*quarantine\.jsonl is no JSON object: .*$"):
+        report.write_report([run], tmp_path / "r.html", images=0)
+
+
+def test_odd_values_in_a_runs_files_cost_nothing_else(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "/nowhere", steps=5)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 6, "loss": "x", "knn": [1], "lr": 1{"0" * 400}, "accuracy": NaN}}\n{{"step": 7, "lo')
+    with (run / "quarantine.jsonl").open("a") as file:
+        file.write('{"source": [1], "key": {}, "reason": null}\n{"sou')
+    (run / "linear").mkdir()
+    (run / "linear" / "metrics.jsonl").write_text('{"top1": 0.25}\n{"top1": 0.5}\n{"to')
+    text = report.write_report([run], tmp_path / "r.html", images=0).read_text()
+    assert "3 images" in text and "50.0 %" in text
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", "/nowhere", steps=5)
     monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "0"])
