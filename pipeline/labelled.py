@@ -15,7 +15,7 @@ from pipeline.pixels import views
 from pipeline.pixels.graph import Graph, lend
 from pipeline.pixels.views import MeanStd
 from pipeline.reading.ahead import Decoding, Item, ShardsAhead, any_remote, prefetch_shards
-from pipeline.reading.order import draw_of_ids, make_order
+from pipeline.reading.order import Order, draw_of_ids, make_order
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
 from pipeline.sources.storage import Storage, storage_for
@@ -178,7 +178,8 @@ def train_batches(
 
     Random resized crop (0.08 to 1 of the area) and flip, as the linear protocol has it.
 
-    `batch_size` is global. An epoch has samples // batch_size batches, all full on all ranks; a bad sample is replaced.
+    `batch_size` is global. The last batch of an epoch holds what is left, as main_lincls.py has it: 5,005 batches of
+    ImageNet at 256. That of a mixture, whose sources have epochs of their own, is full. A bad sample is replaced.
     ValueError when the source holds less than a batch, or too much of it is bad.
     """
     storage = storage_for(source)
@@ -198,9 +199,13 @@ def train_batches(
     def items() -> Iterator[Item]:
         step = start
         while True:
-            epoch, within = divmod(step, order.steps_per_epoch)
-            ahead.reach(epoch, within)
-            yield with_view(reader.read(order.draw(epoch, within, rank, world_size)))
+            epoch, within = divmod(step, batches_per_epoch(order))
+            if within < order.steps_per_epoch:
+                ahead.reach(epoch, within)
+                draw = order.draw(epoch, within, rank, world_size)
+            else:
+                draw = order.draw_rest(epoch, rank, world_size)
+            yield with_view(reader.read(draw))
             step += 1
 
     def decode_with_pillow(item: Item) -> Item:
@@ -211,6 +216,11 @@ def train_batches(
         items(), decode_with_pillow, reader, storage, share, image_size, mean_std, device, dtype, num_threads
     )
     yield from (batch for batch, _ in batches)
+
+
+def batches_per_epoch(order: Order) -> int:
+    """Of `train_batches`: the last one may be smaller."""
+    return order.steps_per_epoch + (order.rest > 0)
 
 
 def read_labels(source: Source, *, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:

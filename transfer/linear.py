@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from pipeline.command import cache_arguments, command
 from pipeline.files import write_atomically
-from pipeline.labelled import read_labels, train_batches
+from pipeline.labelled import batches_per_epoch, read_labels, train_batches
 from pipeline.progress import Progress
 from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
@@ -88,6 +88,7 @@ def train_epoch(
 ) -> Tensor:
     """Returns the mean loss and training accuracy of each head, [L, 2], on the device."""
     seen: Any = 0.0
+    images = 0
     for _ in range(steps):
         batch = next(batches)
         with torch.no_grad():
@@ -99,9 +100,10 @@ def train_epoch(
         optimizer.step()
         optimizer.zero_grad()
         accuracy = (logits.argmax(dim=2) == truth).float().mean(dim=1)
-        seen = seen + torch.stack([losses.detach(), accuracy], dim=1) / steps
+        seen = seen + torch.stack([losses.detach(), accuracy], dim=1) * len(features)
+        images += len(features)
         advance(len(features))
-    return seen  # type: ignore[no-any-return]
+    return seen / images  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -140,7 +142,7 @@ def linear(
     check_classes(train, val)
     order = make_order(train, batch_size, seed)
     order.draw(0, 0, rank, world_size)  # ValueError, before anything long, when the ranks do not divide the batch
-    steps = order.steps_per_epoch
+    steps = batches_per_epoch(order)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)  # not found to be impossible after an epoch
     largest = max(largest_label(source, name, ranks, progress) for source, name in ((train, "train"), (val, "val")))
@@ -193,7 +195,7 @@ def linear(
         for group, lr in zip(optimizer.param_groups, lrs):
             group["lr"] = lr * decay(epoch, epochs)
         label = f"epoch {epoch + 1}/{epochs}" if progress and rank == 0 else ""
-        with Progress(label, steps * batch_size) as shown:
+        with Progress(label, train.samples) as shown:
             fitted = train_epoch(model, optimizer, embed, batches, steps, lambda n: shown.advance(n * world_size))
         counts = validate(heads, embed, crops.batches(val), device)
         if world_size > 1:

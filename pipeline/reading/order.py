@@ -67,6 +67,7 @@ class Order:
         if len(weights) != len(self.counts):
             raise ValueError(f"{len(weights)} weights for {len(self.counts)} sources")
         self.steps_per_epoch = samples // batch_size
+        self.rest = samples % batch_size if len(self.counts) == 1 else 0  # what an epoch's steps leave out
 
         lane = np.arange(lanes + 1, dtype=np.int64)
         edges = -(-lane * batch_size // lanes)  # slot j is lane j*lanes//B's
@@ -122,6 +123,19 @@ class Order:
                 shard[chosen], row[chosen] = self._locate(m, e, lane[chosen], position)
             ids[mine] = self._id_offsets[m] + self._shard_offsets[m][shard[mine]] + row[mine]
         return Draw(source, shard, row, ids, epochs)
+
+    def draw_rest(self, epoch: int, rank: int = 0, world_size: int = 1) -> Draw:
+        """One rank's share of the `rest` samples that the steps of `epoch` leave out. The first ones come twice where
+        the ranks do not divide them, so that every rank has as many (as torch's DistributedSampler does).
+        """
+        left = np.diff(self._ranges[0]) - self._usable[0]  # of each lane
+        lane = np.repeat(np.arange(self.lanes, dtype=np.int64), left)
+        position = self._usable[0][lane] + np.arange(self.rest) - np.repeat(np.cumsum(left) - left, left)
+        share = -(-self.rest // world_size)
+        mine = np.arange(rank * share, (rank + 1) * share) % self.rest
+        shard, row = self._locate(0, epoch, lane[mine], position[mine])
+        zeros = np.zeros(share, np.int64)
+        return Draw(zeros, shard, row, self._shard_offsets[0][shard] + row, zeros + epoch)
 
     def source_counts(self, steps: int) -> list[int]:
         """How many samples each source gave to all ranks together in the run's first `steps` steps."""

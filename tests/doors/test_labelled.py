@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.labelled import LabelledBatch, eval_batches, train_batches
-from pipeline.reading.order import make_order
+from pipeline.labelled import LabelledBatch, batches_per_epoch, eval_batches, train_batches
+from pipeline.reading.order import Order, make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 
@@ -74,6 +74,24 @@ def test_training_crops_follow_seed_and_epoch_not_the_ranks_or_a_restart(source:
     crop_of = {i: x for b in whole[:5] for i, x in zip(b.sample_ids.tolist(), b.images)}
     again = {i: x for b in whole[5:] for i, x in zip(b.sample_ids.tolist(), b.images)}
     assert len(again) == 24 and not any(torch.equal(crop_of[i], x) for i, x in again.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_last_batch_of_an_epoch_is_kept(source: Source, world_size: int) -> None:
+    """60 samples in batches of 18 are 3 steps and a rest of 6, as torch's DataLoader without drop_last has it."""
+    settings: dict[str, Any] = {"batch_size": 18, "seed": 3, "world_size": world_size}
+    assert batches_per_epoch(make_order(source, 18, 3)) == 4
+    shares = [take(source, 8, rank=rank, **settings) for rank in range(world_size)]
+    for epoch in range(2):
+        ids = [[i for s in shares for i in s[4 * epoch + step].sample_ids.tolist()] for step in range(4)]
+        assert [len(batch) for batch in ids] == [18, 18, 18, 6]
+        assert sorted(i for batch in ids for i in batch) == list(range(60))
+        again = take(source, 1, start=4 * epoch + 3, rank=0, **settings)[0]
+        assert torch.equal(again.images, shares[0][4 * epoch + 3].images)
+
+
+def test_imagenet_has_the_references_5005_steps() -> None:
+    assert batches_per_epoch(Order([[1_281_167]], batch_size=256, seed=0)) == 5005
 
 
 def test_training_arguments_that_do_not_fit(source: Source) -> None:

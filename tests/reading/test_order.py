@@ -39,6 +39,21 @@ def epoch_ids(order: Order, epoch: int, world_size: int = 1) -> np.ndarray:
     )
 
 
+@given(order=orders(), epoch=st.integers(0, 3), world_size=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_rest_is_what_the_steps_leave_out(order: Order, epoch: int, world_size: int) -> None:
+    steps = epoch_ids(order, epoch).ravel().tolist()
+    assert order.rest == order.totals[0] % order.batch_size
+    if not order.rest:
+        assert sorted(steps) == list(range(order.totals[0]))
+        return
+    shares = [order.draw_rest(epoch, rank, world_size).sample_ids.tolist() for rank in range(world_size)]
+    assert {len(share) for share in shares} == {-(-order.rest // world_size)}
+    rest = [i for share in shares for i in share]
+    assert rest[order.rest :] == [rest[i % order.rest] for i in range(order.rest, len(rest))]
+    assert sorted(steps + rest[: order.rest]) == list(range(order.totals[0]))
+
+
 @given(n=st.integers(1, 2000), key=seeds)
 @settings(max_examples=60, deadline=None)
 def test_permute_is_a_bijection(n: int, key: int) -> None:

@@ -125,6 +125,21 @@ def test_the_gradient_is_that_of_the_mean_loss(sources: tuple[Source, Source]) -
         torch.testing.assert_close(layer.get_parameter("weight").double(), weight, rtol=1e-5, atol=1e-6)
 
 
+def test_every_image_is_trained_on_in_every_epoch(
+    sources: tuple[Source, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, epoch = list[list[int]](), linear.train_epoch
+
+    def spy(heads: Any, optimizer: Any, embed: Any, batches: Any, steps: int, advance: Any) -> Any:
+        given = [next(batches) for _ in range(steps)]
+        seen.append([len(batch.labels) for batch in given])
+        return epoch(heads, optimizer, embed, iter(given), steps, advance)
+
+    monkeypatch.setattr(linear, "train_epoch", spy)
+    linear.linear(encoder(), *sources, tmp_path, replace(SMALL, epochs=2, batch_size=25), **HOW)
+    assert seen == [[25, 25, 10]] * 2
+
+
 def test_top_5_against_numpy() -> None:
     torch.manual_seed(1)
     heads = linear.Heads(2, 4, 9)
