@@ -46,6 +46,12 @@ CELL = 240  # side of a picture on the sheet, in pixels
 PRINT = 62  # height of the small print below it
 GAP = 12
 COLOURS = ((220, 40, 40), (40, 90, 230))  # query, key
+LEGEND = (
+    "red: query, blue: key. crop: width x height at left,top, in pixels of the original; flip: mirrored",
+    "b c s: factor on brightness, contrast, saturation; h: shift of hue, 1 is once round the colour circle; in the",
+    "order in which they are applied. grey: greyscale; blur: sigma of the Gaussian blur, in pixels of the view",
+)
+FOOT = 20 * len(LEGEND) + GAP  # height of the legend, in pixels
 
 
 def preview(
@@ -82,7 +88,8 @@ def preview(
         for view in range(2)
     ]
     pixels = _rendered(samples.encoded, rows, image_size, mean_std(views))
-    width, height = 3 * CELL + 4 * GAP, count * (CELL + PRINT + GAP) + GAP
+    labels = reader.labels(samples.draw).tolist()
+    width, height = 3 * CELL + 4 * GAP, count * (CELL + PRINT + GAP) + GAP + FOOT
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
@@ -96,6 +103,8 @@ def preview(
             ImageDraw.Draw(shown).rectangle((x, y, x + w - 1, y + h - 1), outline=colour, width=2)
         sheet.paste(shown, (GAP + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))
         text = f"sample {samples.draw.sample_ids[i]}\n{original.width}x{original.height}"
+        if labels[i] >= 0:
+            text += "\nclass " + fitted(source.class_name(labels[i]), CELL - 40, font)
         draw.text((GAP, top + CELL + 2), text, "black", font)
         for view, colour in enumerate(COLOURS):
             left = GAP + (view + 1) * (CELL + GAP)
@@ -104,6 +113,7 @@ def preview(
             sheet.paste(Image.fromarray(pixels[view][i]).resize((CELL, CELL), resample), (left, top))
             draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), outline=colour, width=2)
             draw.text((left, top + CELL + 2), describe(rows[view][i]), colour, font, spacing=1)
+    draw.text((GAP, height - FOOT), "\n".join(LEGEND), "black", font)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(output)
     reader.close()
@@ -133,6 +143,15 @@ def _rendered(encoded: list[np.ndarray], rows: list[Views], image_size: int, mea
     graph.close()
     levels = [(view * torch.tensor(std) + torch.tensor(mean)) * 255 for view in normalised]
     return [view.round().clamp(0, 255).to(torch.uint8).numpy() for view in levels]
+
+
+def fitted(text: str, width: float, font: Any) -> str:
+    """As much of a text as `width` pixels hold, on one line, without signs that cannot be drawn: class names are the
+    names of somebody's folders."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text[:300])
+    while text and font.getlength(text) > width:
+        text = text[:-2] + "…"
+    return text
 
 
 def main(arguments: Any) -> None:

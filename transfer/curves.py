@@ -12,6 +12,7 @@ from pipeline.command import command
 from pipeline.files import writing_beside
 from transfer import arguments
 
+RISES = "rises at first, while real keys replace the queue's random ones"
 PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
     ("loss", "loss"),
     ("lr", "learning rate"),
@@ -88,7 +89,7 @@ def draw(run: str | Path, output: str | Path | None = None) -> Path:
         few = len(steps) < 40
         axes.plot(steps, values, color="#2a6f97", linewidth=1.6, marker="o" if few else "", markersize=3.5)
         axes.set_title(f"{title}, last {values[-1]:.4g}", fontsize=10, loc="left")
-        axes.set_xlabel("step", fontsize=9)
+        axes.set_xlabel(f"step; {RISES}" if title == "loss" else "step", fontsize=9)
         axes.set_xlim(0, rows[-1]["step"] * 1.02)  # the same for all panels, so that they can be read together
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25, linewidth=0.6)

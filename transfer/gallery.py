@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.command import cache_arguments, command
 from pipeline.pixels.decode import picture
+from pipeline.preview import fitted
 from pipeline.reading.order import draw_of_ids
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source
@@ -49,11 +50,6 @@ def original(source: Source, storage: Storage, sample_id: int) -> Image.Image:
     return picture(storage.open(manifest.shard_url(shard))[start : start + size])
 
 
-def one_line(text: str) -> str:
-    """Without line breaks and other signs that cannot be drawn: class names are the names of somebody's folders."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
-
-
 def choose_queries(labels: Tensor, queries: int, seed: int) -> list[int]:
     """Positions of random samples, of as many different classes as there are."""
     order = np.random.default_rng(seed).permutation(len(labels)).tolist()
@@ -74,7 +70,8 @@ def draw(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Image.Im
     step_x, step_y = CELL + GAP, CELL + PRINT + GAP
     page = Image.new("RGB", (GAP + columns * step_x + 2 * GAP, 34 + len(rows) * step_y + GAP), PAPER)
     pen = ImageDraw.Draw(page)
-    pen.text((GAP, 10), one_line(title), fill=INK, font=ImageFont.load_default(size=13))
+    large = ImageFont.load_default(size=13)
+    pen.text((GAP, 10), fitted(title, page.width - 2 * GAP, large), fill=INK, font=large)
     for r, row in enumerate(rows):
         for c, (image, text, frame) in enumerate(row):
             x, y = GAP + c * step_x + (2 * GAP if c else 0), 34 + r * step_y
@@ -83,10 +80,7 @@ def draw(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Image.Im
             page.paste(ImageOps.fit(image, (CELL, CELL), method=method), (x, y))
             if frame:
                 pen.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=frame, width=2)
-            text = one_line(text)
-            while text and pen.textlength(text, font=font) > CELL:
-                text = text[:-2] + "…"
-            pen.text((x, y + CELL + 3), text, fill=FAINT if c else INK, font=font)
+            pen.text((x, y + CELL + 3), fitted(text, CELL, font), fill=FAINT if c else INK, font=font)
     return page
 
 
@@ -124,8 +118,7 @@ def make_gallery(
     storage = storage_for(source)
 
     def label(i: int) -> str:
-        name = int(labels[i])
-        return source.classes[name] if 0 <= name < len(source.classes) else str(name) if name >= 0 else ""
+        return source.class_name(int(labels[i])) if labels[i] >= 0 else ""
 
     rows = []
     for query, near, scores in zip(chosen, indices.tolist(), similarities.tolist()):

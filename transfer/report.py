@@ -35,15 +35,23 @@ from transfer.curves import read_metrics, read_objects, series
 from transfer.gallery import make_gallery
 from transfer.load import load_encoder
 
+RISING = "It rises at first: the queue begins as random keys, and real ones, which are harder, replace them."
 CHARTS = (  # field of metrics.jsonl, title, what to know about it, axis from zero, percent
-    ("loss", "Loss", "InfoNCE; ln(1 + queue) is chance", False, False),
+    ("loss", "Loss", f"InfoNCE; ln(1 + queue) is chance. {RISING}", False, False),
     ("knn", "kNN accuracy", "weighted, in training", False, True),
     ("lr", "Learning rate", "", True, False),
-    ("accuracy", "Pretext accuracy", "of picking the positive; near 100 % is the batch-norm shortcut", True, True),
+    (
+        "accuracy",
+        "Pretext accuracy",
+        "of picking the positive; near 100 % is the batch-norm shortcut, but not in the first steps, whose queue is "
+        "still random",
+        True,
+        True,
+    ),
     ("images_per_second", "Images per second", "all ranks", True, False),
     ("data_wait", "Data wait", "share of the time that training waits for images", True, True),
     ("positive_logit", "Positive logit", "cosine of a query and its key, over the temperature", False, False),
-    ("negative_logit", "Negative logit", "mean over the dictionary, over the temperature", False, False),
+    ("negative_logit", "Negative logit", f"mean over the dictionary, over the temperature. {RISING}", False, False),
     ("gradient_norm", "Gradient norm", "", True, False),
 )
 

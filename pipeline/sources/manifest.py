@@ -234,3 +234,7 @@ class Source:
         """Class names, when all of the manifests agree on them; else empty."""
         kinds = {m.classes for m in self.manifests}
         return kinds.pop() if len(kinds) == 1 else ()
+
+    def class_name(self, label: int) -> str:
+        """The name of a class for people; its number where the manifests do not name it."""
+        return self.classes[label] if label < len(self.classes) else str(label)

@@ -56,6 +56,11 @@ def page(tmp_path_factory: pytest.TempPathFactory, shards_dir: Path) -> Path:
     return report.write_report([first, second], root / "report.html", images=40)
 
 
+def test_a_loss_that_rises_at_first_is_explained_beside_its_curve(page: Path) -> None:
+    card = re.search(r'id="chart-loss">(.*?)<svg', page.read_text())
+    assert card is not None and "It rises at first: the queue begins as random keys" in card.group(1)
+
+
 def references(html: str) -> list[str]:
     """Everything that a browser would go and fetch."""
     found = re.findall(r"""(?:src|href|srcset|poster|action|data)\s*=\s*["']?([^"'\s>]+)""", html)
