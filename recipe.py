@@ -17,6 +17,9 @@ def _(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+BY_EPOCH = ("step", "cosine", "cosine_from_1")  # schedules that change once an epoch
+
+
 @dataclass(frozen=True)
 class Recipe:
     # --- data
@@ -45,7 +48,9 @@ class Recipe:
     mechanism: Literal["moco", "end_to_end", "memory_bank"] = _(
         "moco", "where the negatives come from (figure 2 of the paper)"
     )
-    symmetric: bool = _(False, "each view is query once and key once; the two losses are added")
+    symmetric: bool = _(
+        False, "each view is query once and key once; the two losses are added, and the log gives their mean"
+    )
     queue_size: int = _(65536, "keys in the queue; memory_bank: entries drawn as negatives")
     moco_momentum: float = _(0.999, "momentum of the key encoder, m of equation 2")
     momentum_schedule: Literal["constant", "cosine"] = _(
@@ -72,7 +77,9 @@ class Recipe:
     lr: float = _(0.03, "learning rate, used as given (the papers': 0.03 per 256 images of batch_size)")
     sgd_momentum: float = _(0.9, "momentum of SGD")
     weight_decay: float = _(1e-4, "weight decay, on batch norm and biases too, as in the reference code")
-    schedule: Literal["step", "cosine", "exponential", "constant"] = _("cosine", "schedule of the learning rate")
+    schedule: Literal["step", "cosine", "cosine_from_1", "exponential", "constant"] = _(
+        "cosine", "schedule of the learning rate; cosine_from_1 counts epochs from 1, as the reference CIFAR-10 demo"
+    )
     milestones: tuple[int, ...] = _((120, 160), "epochs at which the step schedule multiplies lr by decay")
     decay: float = _(0.1, "factor of the step and exponential schedules")
     decay_steps: int = _(62500, "steps between two decays of the exponential schedule")
@@ -119,8 +126,8 @@ class Recipe:
         for name, value in to_dict(self).items():
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"{name} is {value}; it cannot be negative")
-        if self.epochs == 0 and (self.max_steps == 0 or self.schedule in ("step", "cosine")):
-            raise ValueError("epochs 0 needs max_steps, and a schedule that is not step or cosine")
+        if self.epochs == 0 and (self.max_steps == 0 or self.schedule in BY_EPOCH):
+            raise ValueError(f"epochs 0 needs max_steps, and a schedule that is none of {', '.join(BY_EPOCH)}")
         if not 0 <= self.moco_momentum <= 1:
             raise ValueError(f"moco_momentum is {self.moco_momentum}; it must be between 0 and 1")
         if not 0 < self.crop_min <= 1:

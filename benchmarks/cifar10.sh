@@ -7,6 +7,7 @@
 # CIFAR holds train/CLASS/*.png and test/CLASS/*.png. Without further flags it is the reference demo (200 epochs of
 # ResNet-18 with the small stem: for a GPU). benchmarks/results/cifar10_cpu.md is from two CPU cores, with
 #     --small_stem false --batch_size 128 --bn_groups 4 --epochs 6 --log_every 20 --save_every 100
+# The demo's 82.6 % is kNN on the head, the second of the four lines that kNN prints; the first is on the backbone.
 # Running it again continues what was interrupted.
 set -euo pipefail
 cifar=$(realpath "$1") work=$(realpath -m "$2")

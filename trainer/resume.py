@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import checkpoint
 import recipe as recipes
-from recipe import CHANGEABLE, Recipe
+from recipe import BY_EPOCH, CHANGEABLE, Recipe
 
 PARTS = {"step", "encoder", "moco", "optimizer", "scaler", "loader", "rng", "metrics"}  # that continuing needs
 WRITTEN_OVER = (
@@ -67,7 +67,7 @@ def compare_recipes(out: Path, r: Recipe) -> list[str]:
     if "bn_groups" in changed:
         before, now = (r.batch_size / groups for groups in changed["bn_groups"])
         notes.append(f"batch norm was over groups of {before:g} images, and is over groups of {now:g} from here on")
-    if "epochs" in changed and r.schedule in ("step", "cosine"):
+    if "epochs" in changed and r.schedule in BY_EPOCH:
         notes.append(f"the {r.schedule} schedule is that of {r.epochs} epochs from here on")
     return notes
 

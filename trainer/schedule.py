@@ -20,19 +20,21 @@ def learning_rate(
     """The rate of optimiser step `step`, counted from 0.
 
     "step" and "cosine" change once an epoch, as the reference code does: lr * decay**(milestones passed), and lr * (1
-    + cos(pi * epoch / epochs)) / 2. "exponential" is the IG-1B schedule of MoCo v1 (section 4): lr * decay**(step //
-    decay_steps). A warm-up multiplies the schedule by a line that reaches 1 at the end of `warmup_epochs`; the papers
-    have none.
+    + cos(pi * epoch / epochs)) / 2. "cosine_from_1" is that of the reference's CIFAR-10 demo, which counts epochs from
+    1: the first one is already below lr, and the last one's rate is 0. "exponential" is the IG-1B schedule of MoCo v1
+    (section 4): lr * decay**(step // decay_steps). A warm-up multiplies the schedule by a line that reaches 1 at the
+    end of `warmup_epochs`; the papers have none.
     """
     epoch = step // steps_per_epoch
     if schedule == "step":
         lr *= decay ** sum(epoch >= milestone for milestone in milestones)
-    elif schedule == "cosine":
-        lr *= 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+    elif schedule in ("cosine", "cosine_from_1"):
+        counted = epoch + (schedule == "cosine_from_1")
+        lr *= 0.5 * (1.0 + math.cos(math.pi * counted / epochs))
     elif schedule == "exponential":
         lr *= decay ** (step // decay_steps)
     elif schedule != "constant":
-        raise ValueError(f"schedule {schedule!r} is none of step, cosine, exponential, constant")
+        raise ValueError(f"schedule {schedule!r} is none of step, cosine, cosine_from_1, exponential, constant")
     return lr * min(1.0, (step + 1) / max(1, warmup_epochs * steps_per_epoch))
 
 

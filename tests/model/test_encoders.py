@@ -43,7 +43,7 @@ def test_same_numbers_as_torchvision() -> None:
 
 
 def test_initialisation_is_torchvisions_rule_for_replaced_layers_too() -> None:
-    encoder = build_encoder("resnet18", width=2, small_stem=True)
+    encoder = build_encoder("resnet18", width=2)
     for name, p in encoder.backbone.named_parameters():
         if p.dim() == 4:
             fan_out = p.shape[0] * p.shape[2] * p.shape[3]
@@ -62,6 +62,18 @@ def test_widths_multiply_everywhere() -> None:
 def test_small_stem_keeps_the_resolution() -> None:
     backbone = build_encoder("resnet18", small_stem=True).backbone
     assert torch.nn.Sequential(*list(backbone.children())[:4])(torch.randn(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+
+
+def test_small_stem_begins_as_the_demos() -> None:
+    """It replaces conv1 after torchvision has initialised the others, so PyTorch's own rule stays: std 0.111."""
+    torch.manual_seed(0)
+    net = build_encoder("resnet18", small_stem=True).backbone
+    demo = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    weight = net.get_parameter("conv1.weight").detach()
+    assert weight.std().item() == pytest.approx(1 / 27**0.5 / 3**0.5, rel=0.04) and weight.abs().max() <= 1 / 27**0.5
+    assert weight.std().item() == pytest.approx(demo.weight.detach().std().item(), rel=0.06)
+    other = net.get_parameter("layer1.0.conv1.weight").detach()
+    assert other.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.06)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,15 @@ def test_every_step_of_every_epoch_as_in_the_reference(schedule: str) -> None:
             assert got == pytest.approx(want, rel=1e-12)
 
 
+def test_the_cifar_demo_counts_epochs_from_1() -> None:
+    """`for epoch in range(1, epochs + 1)` around its adjust_learning_rate: the last epoch's rate is 0."""
+    for number in range(1, 201):
+        want = reference(number, 0.06, 200, True, ())
+        for step in ((number - 1) * 97, (number - 1) * 97 + 96):
+            got = learning_rate(step, lr=0.06, schedule="cosine_from_1", steps_per_epoch=97, epochs=200)
+            assert got == pytest.approx(want, rel=1e-12, abs=1e-15)
+
+
 def test_ig1b_decays_every_62500_steps() -> None:
     def rate(step: int) -> float:
         return learning_rate(
