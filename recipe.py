@@ -38,7 +38,12 @@ class Recipe:
     small_stem: bool = _(False, "3x3 first convolution with stride 1 and no max-pooling, for images of about 32 pixels")
     dim: int = _(128, "dimensions of the embedding that the head makes")
     mlp: bool = _(False, "two-layer projection head (MoCo v2) instead of a linear one (v1)")
-    init: str = _("", "MoCo .pth.tar that a new run starts from: its encoders, and its queue when it has one")
+    init: str = _("", "MoCo .pth.tar, of the reference code or of transfer.export, that a new run starts from")
+    init_with: Literal["all", "weights"] = _(
+        "all",
+        "what a new run takes from init: all goes on with the file's training when it holds the optimiser (its "
+        "momentum and epoch too); weights takes encoders and queue alone and begins at epoch 0",
+    )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = _(
         "bf16", "number format of the encoders; loss, queue and momentum update are always fp32"
     )

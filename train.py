@@ -157,7 +157,7 @@ def set_up(
                     resume.set_random_state(state["rng"][rank], device)
             del state
         elif r.init:
-            build.begin_from(r.init, net, dictionary)
+            step = build.begin_from(r, net, dictionary, optimizer, loader, notes)
         if r.trackers and not r.profile:
             trackers.start(accelerator.init_trackers, r, step, is_main=accelerator.is_main_process)
         facts["step"] = step

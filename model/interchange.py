@@ -1,12 +1,12 @@
 """MoCo's released files (`.pth.tar`) in and out: their keys, ours, and nothing that needs code to be unpickled.
 
-Theirs: {"epoch", "arch", "state_dict"} with `module.encoder_q.*` and `module.encoder_k.*` in torchvision's names, the
-head as `fc.weight`, `fc.bias` (v1) or `fc.0.*`, `fc.2.*` (v2), `module.queue` [dim, K] and `module.queue_ptr` [1].
+Theirs: {"epoch", "arch", "state_dict", "optimizer"} with `module.encoder_q.*` and `module.encoder_k.*` in torchvision's
+names, the head as `fc.weight`, `fc.bias` (v1) or `fc.0.*`, `fc.2.*` (v2), `module.queue` [dim, K] and
+`module.queue_ptr` [1].
 Ours: `Encoder`'s `backbone.*` and `head.*`.
 """
 
 import argparse
-import os
 import pickle
 import re
 import zipfile
@@ -44,6 +44,8 @@ class MoCoFile(NamedTuple):
     key_encoder: dict[str, Tensor]
     queue: Tensor | None  # [dim, K]
     queue_ptr: int
+    optimizer: Mapping[str, Any] | None  # the state dict of its SGD
+    key_encoder_updated: bool  # False: it lags the query encoder's last step, as the reference's
     names: dict[str, str]  # our name of a tensor in `encoder` -> its name in the file
 
     @property
@@ -52,8 +54,8 @@ class MoCoFile(NamedTuple):
 
 
 def read_moco(path: str | Path) -> MoCoFile:
-    """Reads a released MoCo v1 or v2 file, one of the reference code's or of its CIFAR-10 demo, one of `write_moco`, or
-    a bare ResNet's state. Errors are those of `load_plain` and `parse_moco`.
+    """Reads a released MoCo v1 or v2 file, one of the reference code's or of its CIFAR-10 demo, one of
+    `reference_checkpoint`, or a bare ResNet's state. Errors are those of `load_plain` and `parse_moco`.
     """
     return parse_moco(load_plain(path), path)
 
@@ -117,6 +119,7 @@ def parse_moco(content: Any, path: str | Path) -> MoCoFile:
     last = encoder.get("head.2.weight", encoder.get("head.weight"))
     epoch = content.get("epoch", 0)
     rest = {_unwrap(name): tensor for name, tensor in tensors.items() if "queue" in name}
+    optimizer = content.get("optimizer")
     queue, pointer = rest.get("queue"), rest.get("queue_ptr", torch.zeros(1))
     if queue is not None and (queue.ndim != 2 or pointer.numel() != 1 or not 0 <= int(pointer) < queue.shape[1]):
         raise ValueError(f"the queue of {path} is {list(queue.shape)} with pointer {pointer.tolist()}, not [dim, K]")
@@ -132,6 +135,8 @@ def parse_moco(content: Any, path: str | Path) -> MoCoFile:
         key_encoder={ours: tensors[name] for ours, name in key_names.items()},
         queue=queue,
         queue_ptr=0 if queue is None else int(pointer),
+        optimizer=optimizer if isinstance(optimizer, Mapping) and optimizer.get("param_groups") else None,
+        key_encoder_updated=content.get("key_encoder_updated") is True,
         names=names,
     )
 
@@ -176,14 +181,18 @@ def load_into(
     encoder.load_state_dict(dict(state), strict=False)
 
 
-def continue_from(file: MoCoFile, encoder: Encoder, moco: MoCo) -> None:
+def continue_from(file: MoCoFile, encoder: Encoder, moco: MoCo, *, m: float) -> None:
     """Puts such a file into a run that goes on training: both encoders and, when it is there, the queue.
 
     Without a key encoder in the file (the released ones are stripped) it starts as a copy of the query encoder, as at
-    the start of any run. ValueError when shapes differ, with both.
+    the start of any run. The reference's key encoder lags one momentum update, which it makes at the beginning of its
+    next forward pass; ours has made it by then, so it is made here, with momentum `m`. ValueError when shapes differ,
+    with both.
     """
     load_query(encoder, file)
     load_into(moco.encoder_k, file.key_encoder or encoder.state_dict(), where=f"the key encoder of {file.path}")
+    if file.key_encoder and not file.key_encoder_updated:
+        moco.momentum_update(encoder, m)
     if file.queue is None:
         return
     if file.queue.shape != moco.queue.shape:
@@ -197,33 +206,64 @@ def continue_from(file: MoCoFile, encoder: Encoder, moco: MoCo) -> None:
         moco.queue_born.fill_(1)
 
 
-def write_moco(
-    path: str | Path,
+def momentum_state(file: MoCoFile, encoder: Encoder) -> dict[int, dict[str, Tensor]]:
+    """The `state` of torch's SGD over `encoder.parameters()`, from the file's optimiser; empty when it has none.
+
+    Its parameters stand in the same order: the backbone's, then the head's; those of the key encoder, which follow,
+    have no state. ValueError when it is no SGD of this encoder.
+    """
+    if file.optimizer is None:
+        return {}
+    state, parameters = file.optimizer.get("state"), list(encoder.parameters())
+    buffers = [state[i].get("momentum_buffer") for i in sorted(state)] if isinstance(state, Mapping) else []
+    is_sgd = "nesterov" in file.optimizer["param_groups"][0]
+    if is_sgd and all(buffer is None for buffer in buffers):  # without momentum
+        return {}
+    shapes = [buffer.shape if isinstance(buffer, Tensor) else None for buffer in buffers]
+    if shapes != [parameter.shape for parameter in parameters]:
+        raise ValueError(
+            f"the optimiser of {file.path} has {len(shapes)} momentum buffers that are not those of SGD over the "
+            f"{len(parameters)} parameters of the encoder; --init_with weights leaves it out"
+        )
+    return {i: {"momentum_buffer": buffer} for i, buffer in enumerate(buffers)}
+
+
+def reference_checkpoint(
     encoder: Mapping[str, Tensor],
     moco: Mapping[str, Tensor] | None = None,
     *,
     arch: str,
     epoch: int = 0,
-) -> None:
-    """Writes a file in the reference's layout, whole or not at all.
+    optimizer: Mapping[str, Any] | None = None,
+    key_encoder_updated: bool = True,
+) -> dict[str, Any]:
+    """What torch.save is to write for a file in the reference's layout.
 
-    encoder: state of the `Encoder`; moco: state of the `MoCo`, for files that training can continue from. A plain
-    ResNet by torchvision's name loads into the reference's main_lincls with fc.weight and fc.bias missing, as it wants.
+    encoder: state of the `Encoder`; moco: state of the `MoCo`, or what there is of it; optimizer: state dict of SGD,
+    see `over_both_encoders`. A plain ResNet by torchvision's name loads into the reference's main_lincls with fc.weight
+    and fc.bias missing, as it wants; with all three its main_moco goes on training (--resume). The reference makes one
+    more momentum update before its first keys: its own key encoder lags one, ours (`key_encoder_updated`) does not.
     """
+    moco = moco or {}
+    key_encoder = {name.removeprefix("encoder_k."): t for name, t in moco.items() if name.startswith("encoder_k.")}
     state = {f"module.encoder_q.{_theirs(name)}": t for name, t in encoder.items()}
-    if moco is not None:
-        key_encoder = {name.removeprefix("encoder_k."): t for name, t in moco.items() if name.startswith("encoder_k.")}
-        state |= {f"module.encoder_k.{_theirs(name)}": t for name, t in key_encoder.items()}
-        state["module.queue"] = moco["queue"]
-        state["module.queue_ptr"] = moco["queue_ptr"].reshape(1)
-    content = {"epoch": epoch, "arch": arch, "state_dict": {name: t.detach().cpu() for name, t in state.items()}}
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    state |= {f"module.encoder_k.{_theirs(name)}": t for name, t in key_encoder.items()}
+    if "queue" in moco:
+        state |= {"module.queue": moco["queue"], "module.queue_ptr": moco["queue_ptr"].reshape(1)}
+    content: dict[str, Any] = {"epoch": epoch, "arch": arch}
+    content["state_dict"] = {name: t.detach().cpu() for name, t in state.items()}
+    if key_encoder:
+        content["key_encoder_updated"] = key_encoder_updated  # a key of our own, for the way back
+    if optimizer is not None:
+        content["optimizer"] = dict(optimizer)
+    return content
+
+
+def over_both_encoders(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of torch's SGD over the query encoder as the reference's optimiser has it: it counts the key
+    encoder's parameters too, behind the others and without state."""
+    (group,) = optimizer["param_groups"]
+    return {**optimizer, "param_groups": [{**group, "params": list(range(2 * len(group["params"])))}]}
 
 
 def _what_else(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

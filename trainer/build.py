@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -147,13 +148,32 @@ def build_dictionary(
     )
 
 
-def begin_from(path: str, net: Encoder, dictionary: MoCo | EndToEnd | MemoryBank) -> None:
-    """Puts a MoCo `.pth.tar` into a new run. ValueError when it does not fit, FileNotFoundError."""
-    file = interchange.read_moco(path)
+def begin_from(
+    r: Recipe, net: Encoder, dictionary: MoCo | EndToEnd | MemoryBank, optimizer: Any, loader: Loader, notes: list[str]
+) -> int:
+    """Puts the MoCo file `r.init` into a new run, and into `notes` what was taken from it. Returns the step to begin
+    with: 0, or that of the file's epoch when its training goes on. ValueError when it does not fit, FileNotFoundError.
+    """
+    file = interchange.read_moco(r.init)
     if isinstance(dictionary, MoCo):
-        interchange.continue_from(file, net, dictionary)
+        interchange.continue_from(file, net, dictionary, m=r.moco_momentum)
     else:
         interchange.load_query(net, file)
+    taken = ["query encoder" if file.has_head else "backbone (the head begins anew)"]
+    if isinstance(dictionary, MoCo):
+        taken += ["key encoder"] if file.key_encoder else []
+        taken += ["queue"] if file.queue is not None else []
+    epoch = 0
+    if file.optimizer is not None and r.init_with == "all":
+        momentum = interchange.momentum_state(file, net)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": momentum})
+        taken, epoch = [*taken, "optimiser"], file.epoch
+    step = epoch * loader.steps_per_epoch
+    loader.load_state_dict(loader.state_dict() | {"batches": step})
+    if isinstance(dictionary, MoCo):
+        dictionary.shuffler.count = step * r.accumulate * (1 + r.symmetric)
+    notes.append(f"from {r.init}: {', '.join(taken)}; begins at epoch {epoch}")
+    return step
 
 
 def introduce(

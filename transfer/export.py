@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import functools
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -17,7 +17,7 @@ from safetensors.torch import save as serialize
 
 import checkpoint
 from model.encoders import RESNETS
-from model.interchange import read_moco, write_moco
+from model.interchange import over_both_encoders, read_moco, reference_checkpoint
 from pipeline.command import command
 from pipeline.files import writing_beside
 from recipe import Recipe
@@ -81,9 +81,8 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
     """Writes the query encoder of `run` (a run folder, a checkpoint in it, or a MoCo .pth.tar) to `output`.
 
     torchvision: a state dict, as safetensors when `output` ends so, else by torch.save; `linear`, a folder of
-    transfer.linear, adds its classifier as `fc`. moco: with the key encoder and
-    the queue of a MoCo run, so that the reference's own scripts evaluate it and either code can train it further. Says
-    on standard error which model takes the file.
+    transfer.linear, adds its classifier as `fc`. moco: with key encoder, queue, optimiser and epoch, so that the
+    reference's own scripts evaluate it and either code trains it further. Says on standard error which model takes it.
     """
     if linear is not None and format != "torchvision":
         raise ValueError("a classifier goes into the torchvision format alone")
@@ -102,16 +101,34 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
             else:
                 torch.save(state, written)
         return output
+    content = _moco_content(run, loaded)
+    with writing_beside(output) as written:
+        torch.save(content, written)
+    return output
+
+
+def _moco_content(run: str, loaded: LoadedEncoder) -> dict[str, Any]:
+    """Whole: what the run or the file holds of key encoder, queue, optimiser and epoch goes along."""
     if not loaded.is_run:
         file = read_moco(run)
-        write_moco(output, file.encoder, arch=file.arch, epoch=file.epoch)
-        return output
+        parts = {f"encoder_k.{name}": t for name, t in file.key_encoder.items()}
+        if file.queue is not None:
+            parts |= {"queue": file.queue, "queue_ptr": torch.tensor(file.queue_ptr)}
+        about: dict[str, Any] = {"arch": file.arch, "epoch": file.epoch}
+        about["key_encoder_updated"] = file.key_encoder_updated
+        return reference_checkpoint(file.encoder, parts, optimizer=file.optimizer, **about)
     path = Path(run)
     saved = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)
     assert saved is not None  # load_encoder has read it
-    dictionary = saved["moco"] if loaded.recipe.mechanism == "moco" else None
-    write_moco(output, saved["encoder"], dictionary, arch=loaded.recipe.arch, epoch=int(saved["epoch"]))
-    return output
+    epoch, mechanism = float(saved["epoch"]), loaded.recipe.mechanism
+    if epoch != int(epoch):
+        where = f"the run is at epoch {epoch:.2f}, and such files know whole epochs"
+        print(f"note: {where}: training goes on from {int(epoch)}", file=sys.stderr)
+    if mechanism != "moco":
+        print(f"note: mechanism {mechanism} has no key encoder and no queue to go on with", file=sys.stderr)
+    optimizer = over_both_encoders(saved["optimizer"]) if "optimizer" in saved else None
+    moco = saved["moco"] if mechanism == "moco" else None
+    return reference_checkpoint(saved["encoder"], moco, arch=loaded.recipe.arch, epoch=int(epoch), optimizer=optimizer)
 
 
 def main(args: Namespace) -> None:

@@ -1,6 +1,8 @@
 """MoCo's released files: read in every layout that is about, written so that the reference's loader takes them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +10,24 @@ import torchvision
 from torch import Tensor
 
 from model.encoders import Encoder, build_encoder
-from model.interchange import continue_from, encoder_of, load_into, read_moco, write_moco
+from model.interchange import (
+    continue_from,
+    encoder_of,
+    load_into,
+    momentum_state,
+    over_both_encoders,
+    read_moco,
+    reference_checkpoint,
+)
 from model.moco import MoCo
 
 QUEUE = 32
+
+
+def write_moco(
+    path: Path, encoder: Mapping[str, Tensor], moco: Mapping[str, Tensor] | None = None, **about: Any
+) -> None:
+    torch.save(reference_checkpoint(encoder, moco, **about), path)
 
 
 def released(mlp: bool = False, seed: int = 0) -> dict[str, Tensor]:
@@ -123,10 +139,9 @@ def test_a_run_goes_on_from_a_file(tmp_path: Path) -> None:
     moco.momentum_update(run(1)[0], 0.5)
     moco.enqueue(torch.nn.functional.normalize(torch.randn(20, 16), dim=1))
     write_moco(tmp_path / "m.pth.tar", encoder.state_dict(), moco.state_dict(), arch="resnet18", epoch=7)
-    assert [p.name for p in tmp_path.iterdir()] == ["m.pth.tar"], "nothing is left beside it"
     other, other_moco = run(2)
     file = read_moco(tmp_path / "m.pth.tar")
-    continue_from(file, other, other_moco)
+    continue_from(file, other, other_moco, m=0.5)
     assert file.epoch == 7
     for a, b in ((encoder, other), (moco.encoder_k, other_moco.encoder_k)):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
@@ -139,7 +154,7 @@ def test_a_run_goes_on_from_a_stripped_file(tmp_path: Path) -> None:
     write_moco(tmp_path / "m.pth.tar", run(0)[0].state_dict(), arch="resnet18")
     encoder, moco = run(2)
     queue = moco.queue.clone()
-    continue_from(read_moco(tmp_path / "m.pth.tar"), encoder, moco)
+    continue_from(read_moco(tmp_path / "m.pth.tar"), encoder, moco, m=0.5)
     assert all(torch.equal(q, k) for q, k in zip(encoder.parameters(), moco.encoder_k.parameters()))
     assert torch.equal(moco.queue, queue) and int(moco.queue_filled) == 0
 
@@ -163,7 +178,7 @@ def test_the_references_linear_evaluation_takes_our_file(tmp_path: Path, mlp: bo
     net = getattr(torchvision.models, content["arch"])()
     message = net.load_state_dict(kept, strict=False)
     assert set(message.missing_keys) == {"fc.weight", "fc.bias"} and not message.unexpected_keys
-    assert set(content) == {"epoch", "arch", "state_dict"} and content["epoch"] == 200
+    assert set(content) == {"epoch", "arch", "state_dict", "key_encoder_updated"} and content["epoch"] == 200
     assert content["state_dict"]["module.queue_ptr"].shape == (1,)
     # and the backbone is the same to the bit, batch-norm buffers included
     assert all(torch.equal(t, net.state_dict()[n]) for n, t in encoder.backbone.state_dict().items())
@@ -206,4 +221,129 @@ def test_reports_keys_that_do_not_fit() -> None:
         load_into(encoder, state | {"backbone.conv9": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"of another shape: head\.2\.weight \(16, 512\) for \(8, 512\)"):
         load_into(run(0, dim=8)[0], state)
+    assert moco.queue.shape == (16, QUEUE)
+
+
+class Reference(torch.nn.Module):
+    """The reference's MoCo for one process: key encoder moved at the beginning of a forward pass, keys enqueued at its
+    end, one optimiser over both encoders (moco/builder.py and main_moco.py at 7397dfe)."""
+
+    def __init__(self, mlp: bool) -> None:
+        super().__init__()
+        self.encoder_q, self.encoder_k = (torchvision.models.resnet18(num_classes=16) for _ in range(2))
+        if mlp:
+            for net in (self.encoder_q, self.encoder_k):
+                net.fc = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), net.fc)  # type: ignore[assignment]
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.encoder_k.requires_grad_(False)
+        self.register_buffer("queue", torch.nn.functional.normalize(torch.randn(16, QUEUE), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self.optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+
+    def step(self, query: Tensor, key: Tensor) -> float:
+        normalize = torch.nn.functional.normalize
+        q = normalize(self.encoder_q(query), dim=1)
+        with torch.no_grad():
+            for ours, theirs in zip(self.encoder_q.parameters(), self.encoder_k.parameters()):
+                theirs.data = theirs.data * 0.9 + ours.data * (1 - 0.9)
+            k = normalize(self.encoder_k(key), dim=1)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1) / 0.2  # type: ignore[operator]
+        at = int(self.queue_ptr)  # type: ignore[arg-type]
+        self.queue[:, at : at + len(k)] = k.T  # type: ignore[index]
+        self.queue_ptr[0] = (at + len(k)) % QUEUE  # type: ignore[index]
+        loss = torch.nn.functional.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def save(self, path: Path, epoch: int) -> None:
+        state = {f"module.{name}": t for name, t in self.state_dict().items()}
+        content = {"epoch": epoch, "arch": "resnet18", "state_dict": state, "optimizer": self.optimizer.state_dict()}
+        torch.save(content, path)
+
+    def resume(self, path: Path) -> int:
+        content = torch.load(path)
+        self.load_state_dict({name.removeprefix("module."): t for name, t in content["state_dict"].items()})
+        self.optimizer.load_state_dict(content["optimizer"])
+        return int(content["epoch"])
+
+
+class Ours:
+    """The same step with model/'s parts, in train.py's order."""
+
+    def __init__(self, mlp: bool) -> None:
+        self.encoder = build_encoder("resnet18", dim=16, mlp=mlp)
+        self.moco = MoCo(self.encoder, dim=16, queue_size=QUEUE, temperature=0.2, shuffle_bn=False)
+        self.optimizer = torch.optim.SGD(self.encoder.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+
+    def step(self, query: Tensor, key: Tensor) -> float:
+        q, keys = self.encoder(query), self.moco.encode_keys(key)
+        loss, _ = self.moco.loss(q, keys)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.moco.momentum_update(self.encoder, 0.9)
+        self.moco.enqueue(keys)
+        return loss.item()
+
+    def resume(self, path: Path) -> int:
+        file = read_moco(path)
+        continue_from(file, self.encoder, self.moco, m=0.9)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": momentum_state(file, self.encoder)})
+        return file.epoch
+
+
+def pairs(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [tuple(torch.randn(2, 8, 3, 32, 32, generator=generator)) for _ in range(count)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_training_goes_from_the_reference_to_us_and_back(tmp_path: Path, mlp: bool) -> None:
+    """Three steps there, two here, two there: the losses are those of seven steps there, but for rounding here, and for
+    the one momentum update that the reference makes twice on the way back (see `reference_checkpoint`)."""
+    torch.manual_seed(0)
+    whole, begun, ours, last = Reference(mlp), Reference(mlp), Ours(mlp), Reference(mlp)
+    begun.load_state_dict(whole.state_dict())
+    data = pairs(7)
+    losses = [whole.step(*pair) for pair in data]
+    assert [begun.step(*pair) for pair in data[:3]] == pytest.approx(losses[:3], rel=1e-6)
+
+    begun.save(tmp_path / "theirs.pth.tar", epoch=3)
+    assert ours.resume(tmp_path / "theirs.pth.tar") == 3
+    assert [ours.step(*pair) for pair in data[3:5]] == pytest.approx(losses[3:5], rel=1e-4)
+
+    content = reference_checkpoint(
+        ours.encoder.state_dict(),
+        ours.moco.state_dict(),
+        arch="resnet18",
+        epoch=5,
+        optimizer=over_both_encoders(ours.optimizer.state_dict()),
+    )
+    torch.save(content, tmp_path / "ours.pth.tar")
+    assert last.resume(tmp_path / "ours.pth.tar") == 5
+    for name, tensor in ours.moco.encoder_k.state_dict().items():
+        theirs = name.removeprefix("backbone.").replace("head.", "fc.")
+        assert torch.equal(tensor, last.encoder_k.state_dict()[theirs])
+    for parameter, theirs in zip(ours.encoder.parameters(), last.encoder_q.parameters(), strict=True):
+        buffer = ours.optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(buffer, last.optimizer.state[theirs]["momentum_buffer"])
+    assert torch.equal(ours.moco.queue, last.queue) and int(ours.moco.queue_ptr) == int(last.queue_ptr)  # type: ignore[arg-type]
+    assert [last.step(*pair) for pair in data[5:]] == pytest.approx(losses[5:], rel=0.02)
+
+
+def test_a_file_whose_optimiser_is_another_one(tmp_path: Path) -> None:
+    encoder, moco = run(0)
+    adam = torch.optim.Adam(encoder.parameters())
+    torch.nn.functional.cross_entropy(encoder(torch.randn(4, 3, 32, 32)), torch.zeros(4, dtype=torch.long)).backward()
+    adam.step()
+    torch.save({"state_dict": whole(True), "optimizer": adam.state_dict()}, tmp_path / "a.pth.tar")
+    with pytest.raises(ValueError, match="momentum buffers that are not those of SGD"):
+        momentum_state(read_moco(tmp_path / "a.pth.tar"), encoder)
+    sgd = torch.optim.SGD(encoder.head.parameters(), 0.1, momentum=0.9)
+    sgd.step()
+    torch.save({"state_dict": whole(True), "optimizer": sgd.state_dict()}, tmp_path / "h.pth.tar")
+    with pytest.raises(ValueError, match=r"h\.pth\.tar has 4 momentum buffers that are not .* --init_with weights"):
+        momentum_state(read_moco(tmp_path / "h.pth.tar"), encoder)
     assert moco.queue.shape == (16, QUEUE)
