@@ -21,10 +21,10 @@ def knn() -> Namespace:
         description="Weighted kNN accuracy of an encoder; the last line is one JSON object.",
     )
     add = parser.add_argument
-    _add_encoder_flags(parser)
+    add_encoder_flags(parser)
     add("--train", type=str, required=True, help=f"labelled source whose features vote {SOURCE}")
     add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
-    _add_features_flag(parser)
+    add_features_flag(parser)
     add("--k", type=PositiveInt, default=200, help="neighbours that vote; at most the number of training images")
     add("--temperature", type=PositiveFloat, default=0.1, help="votes weigh exp(similarity / temperature)")
     add(
@@ -33,7 +33,7 @@ def knn() -> Namespace:
         help="short side before the crop; by default 256 for 224, nothing to crop below 96",
     )
     add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
-    _add_precision_flag(parser, "similarities are always fp32")
+    add_precision_flag(parser, "similarities are always fp32")
     add("--num_threads", type=PositiveInt | None, help="decoding threads; all cores when left out")
     add_cache_flags(parser)
     add("--pixels", action="store_true", help="judge raw pixels (averaged down to 32x32 when larger)")
@@ -47,7 +47,7 @@ def linear() -> Namespace:
         "object.",
     )
     add = parser.add_argument
-    _add_encoder_flags(parser)
+    add_encoder_flags(parser)
     add("--train", type=str, required=True, help=f"labelled source to train on {SOURCE}")
     add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
     add("--out", type=Path | None, help="folder for metrics and checkpoint; RUN/linear when left out")
@@ -56,7 +56,7 @@ def linear() -> Namespace:
     add("--batch_size", type=PositiveInt, default=256, help="images per step over all ranks")
     add("--momentum", type=float, default=0.9, help="momentum of SGD")
     add("--weight_decay", type=float, default=0.0, help="weight decay of SGD")
-    _add_precision_flag(parser, "the classifier is fp32")
+    add_precision_flag(parser, "the classifier is fp32")
     add("--seed", type=int, default=0, help="seed of the classifier's weights, of order and crops")
     add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
     add_cache_flags(parser)
@@ -68,12 +68,12 @@ def gallery() -> Namespace:
         prog="python -m transfer.gallery", description="Query images with their nearest neighbours."
     )
     add = parser.add_argument
-    _add_encoder_flags(parser)
+    add_encoder_flags(parser)
     add("--data", type=str, required=True, help=f"source to search {SOURCE}; labels are optional")
     add("--output", type=str, default="gallery.png", help="the PNG to write")
     add("--queries", type=PositiveInt, default=8, help="rows of the picture")
     add("--neighbours", type=PositiveInt, default=8, help="neighbours in a row")
-    _add_features_flag(parser)
+    add_features_flag(parser)
     add("--images", type=PositiveInt | None, help="search only the first so many images; all when left out")
     add("--batch_size", type=PositiveInt, default=256, help="images per forward pass")
     add("--seed", type=int, default=0, help="decides which images are queries")
@@ -121,7 +121,7 @@ def curves() -> Namespace:
 
 
 def encoder_arguments(args: Namespace) -> dict[str, Any]:
-    """The arguments of `load_encoder` that the flags of `_add_encoder_flags` give. ValueError for half of a pair."""
+    """The arguments of `load_encoder` that the flags of `add_encoder_flags` give. ValueError for half of a pair."""
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std belong together: give both, three numbers each, for pixels from 0 to 1")
     mean_std = None if args.mean is None else (tuple(args.mean), tuple(args.std))
@@ -130,7 +130,7 @@ def encoder_arguments(args: Namespace) -> dict[str, Any]:
     return {"untrained": args.untrained, "image_size": args.image_size, "mean_std": mean_std}
 
 
-def _add_encoder_flags(parser: ArgumentParser) -> None:
+def add_encoder_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--run", type=str, required=True, help=RUN)
     add("--untrained", action="store_true", help="the same encoder as it was initialised")
@@ -145,7 +145,7 @@ def _add_encoder_flags(parser: ArgumentParser) -> None:
     add("--std", **numbers, help="and their standard deviation; with --mean")
 
 
-def _add_features_flag(parser: ArgumentParser) -> None:
+def add_features_flag(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--features",
         type=Literal["backbone", "head"],
@@ -154,7 +154,7 @@ def _add_features_flag(parser: ArgumentParser) -> None:
     )
 
 
-def _add_precision_flag(parser: ArgumentParser, rest: str) -> None:
+def add_precision_flag(parser: ArgumentParser, rest: str) -> None:
     parser.add_argument(
         "--precision", type=Literal["fp32", "bf16"], default="fp32", help=f"number format of the encoder; {rest}"
     )

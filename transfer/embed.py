@@ -11,12 +11,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from pipeline.command import add_cache_flags, cache_arguments, command
+from transfer.arguments import add_encoder_flags, add_features_flag, add_precision_flag, encoder_arguments
 
 
 def parse() -> Namespace:
@@ -25,29 +25,22 @@ def parse() -> Namespace:
         description="Features of every image of a source as .npy and a table; the last line is one JSON object.",
     )
     add = parser.add_argument
-    add("--run", type=str, required=True, help="run folder, a checkpoint in it, or a MoCo .pth.tar")
+    add_encoder_flags(parser)
     add("--data", type=str, required=True, help="source to embed (folder of shards, URL, card); labels are optional")
     add("--output", type=Path, required=True, help="folder of the features, which all machines see")
-    add(
-        "--features",
-        type=Literal["backbone", "head"],
-        default="backbone",
-        help="the backbone's pooled output, or the head's",
-    )
+    add_features_flag(parser)
     add(
         "--views", type=NonNegativeInt, default=0, help="augmented views of each image to embed as well, as in training"
     )
-    add("--image_size", type=PositiveInt | None, help="side of the centre crop; the recipe's when left out")
     add(
         "--resize",
         type=PositiveInt | None,
         help="short side before the crop; by default 256 for 224, nothing to crop below 96",
     )
     add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
-    add("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the encoder; features are always fp32")
+    add_precision_flag(parser, "features are always fp32")
     add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
     add("--seed", type=int, default=0, help="decides the augmented views")
-    add("--untrained", action="store_true", help="the same encoder as it was initialised")
     add_cache_flags(parser)
     return parser.parse_args()
 
@@ -61,7 +54,7 @@ def main() -> None:
     from transfer.load import load_encoder
 
     started = time.monotonic()
-    loaded = load_encoder(args.run, untrained=args.untrained)
+    loaded = load_encoder(args.run, **encoder_arguments(args))
     source = open_source(args.data, **cache_arguments(args))
     with joined() as ranks:
         about, embedded = embed_source(
@@ -70,7 +63,6 @@ def main() -> None:
             args.output,
             features=args.features,
             views=args.views,
-            image_size=args.image_size,
             resize=args.resize,
             batch_size=args.batch_size,
             precision=args.precision,

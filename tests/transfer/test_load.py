@@ -277,7 +277,7 @@ def test_another_normalisation_gives_other_features(run_folder: Path, shards_dir
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["knn", "linear", "gallery", "export", "report", "curves"])
+@pytest.mark.parametrize("name", ["knn", "linear", "gallery", "export", "report", "curves", "embed"])
 def test_help_answers_before_anything_heavy_is_imported(name: str) -> None:
     code = f"""
 import runpy, sys
