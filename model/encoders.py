@@ -3,8 +3,11 @@
 torchvision's ResNets and the paper's variants (Table 1: ResNeXt 32x8d, widths times 2 and 4), or any timm model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -47,17 +50,26 @@ class Encoder(nn.Module):
         return cast(Tensor, self.head(self.backbone(images)))
 
 
-def build_encoder(arch: str, *, width: int = 1, small_stem: bool = False, dim: int = 128, mlp: bool = False) -> Encoder:
+def build_encoder(
+    arch: str,
+    *,
+    width: int = 1,
+    small_stem: bool = False,
+    dim: int = 128,
+    mlp: bool = False,
+    image_size: int | None = None,
+) -> Encoder:
     """A freshly initialised encoder.
 
     arch: a name of `RESNETS`, or `timm:NAME` for any timm classification model. width: all widths of a ResNet times
     this (Table 1: R50-w2x, R50-w4x). small_stem: a 3x3 stride-1 first convolution and no max-pooling, for images of
-    32 pixels or so. ValueError for an unknown name or an option that the model does not have.
+    32 pixels or so. image_size: side of the images, which a timm model whose weights depend on it (a ViT) is built
+    for; None: its usual one. ValueError for an unknown name, or an option or size that the model does not take.
     """
     if arch.startswith("timm:"):
         if width != 1 or small_stem:
             raise ValueError(f"width {width} and small_stem {small_stem} are for ResNets; {arch} has neither")
-        backbone, features = _timm_backbone(arch.removeprefix("timm:"))
+        backbone, features = _timm_backbone(arch.removeprefix("timm:"), image_size)
     elif arch in RESNETS:
         if width < 1:
             raise ValueError(f"width is {width}; it multiplies the channels, so it must be 1 or more")
@@ -104,14 +116,46 @@ def _widen(module: nn.Module, width: int) -> None:
             _widen(child, width)
 
 
-def _timm_backbone(name: str) -> tuple[nn.Module, int]:
+def timm_options(name: str, image_size: int | None) -> dict[str, int]:
+    """Of timm.create_model: `img_size` for a model that is made for one size of images, nothing for the others."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    return {"img_size": image_size} if image_size and getattr(config, "fixed_input_size", False) else {}
+
+
+def _timm_backbone(name: str, image_size: int | None) -> tuple[nn.Module, int]:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"arch timm:{name} needs timm: pip install 'moco-pipeline[timm]'") from error
+        raise ValueError(f"arch timm:{name} needs timm: pip install -e '.[timm]'") from error
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; near it: {near}")
-    net = timm.create_model(name, pretrained=False, num_classes=0)
+    with _refusing(f"timm:{name}", image_size):
+        net = timm.create_model(name, pretrained=False, num_classes=0, **timm_options(name, image_size))
+    if image_size is not None:
+        check_image_size(net, f"timm:{name}", image_size)
     # head_hidden_size is what leaves the pooling when a model has layers between it and the classifier
     return net, int(getattr(net, "head_hidden_size", None) or net.num_features)
+
+
+def check_image_size(net: nn.Module, arch: str, image_size: int) -> None:
+    """One image through `net`, whose state and the random generators stay as they are. ValueError when it does not take
+    images of that size."""
+    training = net.training
+    with _refusing(arch, image_size), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        net.eval()(torch.zeros(1, 3, image_size, image_size))
+    net.train(training)
+
+
+@contextmanager
+def _refusing(arch: str, image_size: int | None) -> Iterator[None]:
+    """Whatever a model raises at a size that it was not made for becomes one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{arch} does not take images of {image_size} pixels: {reason[:160]}; give another --image_size or --arch"
+        ) from error

@@ -141,10 +141,11 @@ def parse_moco(content: Any, path: str | Path) -> MoCoFile:
     )
 
 
-def encoder_of(file: MoCoFile) -> Encoder:
-    """The file's query encoder. Without `has_head` its head is as it was initialised: nothing may be computed from
-    it."""
-    encoder = build_encoder(file.arch, width=file.width, small_stem=file.small_stem, dim=file.dim, mlp=file.mlp)
+def encoder_of(file: MoCoFile, image_size: int | None = None) -> Encoder:
+    """The file's query encoder, for images of that size as `build_encoder` has it. Without `has_head` its head is as it
+    was initialised: nothing may be computed from it."""
+    about: dict[str, Any] = {"width": file.width, "small_stem": file.small_stem, "dim": file.dim, "mlp": file.mlp}
+    encoder = build_encoder(file.arch, **about, image_size=image_size)
     load_query(encoder, file)
     return encoder
 

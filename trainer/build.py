@@ -120,7 +120,7 @@ def build_net(r: Recipe, ranks: int) -> Encoder:
     """
     groups = r.bn_groups_per_pass(ranks)
     torch.manual_seed(r.seed)
-    net = build_encoder(r.arch, width=r.width, small_stem=r.small_stem, dim=r.dim, mlp=r.mlp)
+    net = build_encoder(r.arch, width=r.width, small_stem=r.small_stem, dim=r.dim, mlp=r.mlp, image_size=r.image_size)
     shortcut = batchnorm_shortcut(net, world_size=ranks, bn_groups=groups, shuffle_bn=r.shuffle_bn)
     if shortcut and r.shuffle_bn and r.mechanism != "memory_bank":  # with shuffle_bn false it is meant
         raise ValueError(shortcut)

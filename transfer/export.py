@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from safetensors.torch import save as serialize
 
 import checkpoint
-from model.encoders import RESNETS
+from model.encoders import RESNETS, timm_options
 from model.interchange import over_both_encoders, read_moco, reference_checkpoint
 from pipeline.command import command
 from pipeline.files import writing_beside
@@ -49,7 +49,9 @@ def building_code(r: Recipe) -> str:
     """Python that makes `net`, the model which the torchvision format of such an encoder fits: a small stem or other
     widths are in no model of torchvision by name."""
     if r.arch.startswith("timm:"):
-        return f"import timm; net = timm.create_model({r.arch.removeprefix('timm:')!r}, num_classes=0)"
+        name = r.arch.removeprefix("timm:")
+        more = "".join(f", {option}={value}" for option, value in timm_options(name, r.image_size).items())
+        return f"import timm; net = timm.create_model({name!r}, num_classes=0{more})"
     if r.width > 1:  # of all layers, unlike torchvision's wide_resnet
         stem = ", small_stem=True" if r.small_stem else ""
         return (

@@ -14,7 +14,7 @@ from torch import nn
 import checkpoint
 import recipe as recipes
 from model import interchange
-from model.encoders import Encoder, build_encoder
+from model.encoders import Encoder, build_encoder, check_image_size
 from model.interchange import MoCoFile
 from pipeline.labelled import LabelledBatch, eval_batches
 from pipeline.pixels import views
@@ -150,6 +150,8 @@ def _of_run(
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} and its recipe (arch {r.arch}, dim {r.dim}) do not fit: {reason[:200]}") from None
     normalised = mean_std or views.mean_std(r.views)
+    if image_size not in (None, r.image_size) and r.arch.startswith("timm:"):
+        check_image_size(encoder.backbone, r.arch, image_size)
     return LoadedEncoder(encoder.eval(), r, image_size or r.image_size, normalised, name, step)
 
 
@@ -158,11 +160,12 @@ def _build(r: Recipe) -> Encoder:
     # The run's own start: train.py seeds torch with the recipe's seed right before it builds the encoder.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
-        return build_encoder(r.arch, width=r.width, small_stem=r.small_stem, dim=r.dim, mlp=r.mlp)
+        about: dict[str, Any] = {"small_stem": r.small_stem, "dim": r.dim, "mlp": r.mlp, "image_size": r.image_size}
+        return build_encoder(r.arch, width=r.width, **about)
 
 
 def _of_moco_file(file: MoCoFile, image_size: int | None, mean_std: MeanStd | None) -> LoadedEncoder:
-    encoder = interchange.encoder_of(file)
+    encoder = interchange.encoder_of(file, image_size)
     r = Recipe(arch=file.arch, width=file.width, small_stem=file.small_stem, dim=file.dim, mlp=file.mlp)
     # Such a file does not say what it was trained on; a stride-1 stem is that of the reference's CIFAR-10 demo.
     if file.small_stem:

@@ -102,6 +102,26 @@ def test_timm_models(name: str, batchnorm: bool) -> None:
     assert encoder.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 8)
 
 
+def test_the_image_size_goes_into_a_vit() -> None:
+    pytest.importorskip("timm")
+    encoder = build_encoder("timm:test_vit", dim=8, image_size=32)
+    assert encoder.training and encoder(torch.randn(2, 3, 32, 32)).shape == (2, 8)
+    torch.manual_seed(0)
+    usual = build_encoder("timm:test_vit", dim=8).state_dict()
+    torch.manual_seed(0)
+    same = build_encoder("timm:test_vit", dim=8, image_size=160).state_dict()  # its own: the same weights from a seed
+    assert all(torch.equal(usual[name], same[name]) for name in usual)
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 9), ("inception_v4", 32)])
+def test_a_size_that_a_timm_model_does_not_take_is_one_clear_error(name: str, size: int) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(
+        ValueError, match=f"^timm:{name} does not take images of {size} pixels: .*--image_size or --arch$"
+    ):
+        build_encoder(f"timm:{name}", image_size=size)
+
+
 @pytest.mark.parametrize(
     ("arch", "options", "message"),
     [

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, cpu_environment
 
 import checkpoint
 import recipe as recipes
-from model.interchange import read_moco
+from model.interchange import read_moco, reference_checkpoint
 from pipeline.sources.opening import open_source
 from transfer import arguments, gallery, knn
 from transfer.export import export
@@ -175,6 +175,20 @@ def test_refusals_quote_the_names_of_the_file(tmp_path: Path) -> None:
     torch.save({"state_dict": state}, tmp_path / "less.pth")
     with pytest.raises(ValueError, match=r"less\.pth does not fit the encoder; missing: layer4\.1\.bn2\.bias$"):
         load_encoder(tmp_path / "less.pth")
+
+
+def test_a_vit_is_judged_at_the_size_that_it_was_trained_at(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    recipe = recipes.Recipe(arch="timm:vit_tiny_patch16_224", dim=8, image_size=32)
+    recipes.save(recipe, tmp_path / "recipe.yaml")
+    loaded = load_encoder(tmp_path, untrained=True)
+    assert loaded.part("head")(torch.randn(2, 3, 32, 32)).shape == (2, 8)
+    with pytest.raises(ValueError, match="timm:vit_tiny_patch16_224 does not take images of 64 pixels"):
+        load_encoder(tmp_path, untrained=True, image_size=64)
+    checkpoint.save(tmp_path, {"encoder": loaded.encoder.state_dict(), "step": 1, "epoch": 1.0}, step=1, keep=1)
+    state = reference_checkpoint(loaded.encoder.state_dict(), arch="timm:vit_tiny_patch16_224")
+    torch.save(state, tmp_path / "vit.pth.tar")
+    assert load_encoder(tmp_path / "vit.pth.tar", image_size=32).part("head")(torch.randn(2, 3, 32, 32)).shape == (2, 8)
 
 
 class Malicious:
