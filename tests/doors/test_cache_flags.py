@@ -1,7 +1,7 @@
 """The cache for remote shards is named once, where a source is opened, and everything that reads the source uses it."""
 
 import ast
-import importlib
+import runpy
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -63,7 +63,9 @@ def test_the_preview_has_a_cache(shards_dir: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "usual"))
     arguments = ["--data", f"local://{shards_dir}", "--output", str(tmp_path / "views.png"), "--count", "2"]
     monkeypatch.setattr(sys, "argv", ["preview", *arguments, "--cache_dir", str(tmp_path / "mine"), "--cache_gb", "1"])
-    importlib.import_module("pipeline.preview").main()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "pipeline" / "preview.py"), run_name="__main__")
+    assert ended.value.code == 0
     assert list((tmp_path / "mine" / FOLDER).glob("*.tar"))
     assert not (tmp_path / "usual").exists()
     assert (tmp_path / "views.png").stat().st_size
