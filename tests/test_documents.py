@@ -23,7 +23,7 @@ DOCUMENTS = [
 ]
 COMMANDS = (
     *(f"pipeline.{name}" for name in ("make_shards", "loader", "order", "manifest", "preview")),
-    *(f"transfer.{name}" for name in ("embed", "knn", "linear", "gallery", "curves", "report", "export")),
+    *(f"transfer.{name}" for name in ("embed", "probe", "knn", "linear", "gallery", "curves", "report", "export")),
 )
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]*)")
 PROGRAM = re.compile(
