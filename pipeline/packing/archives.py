@@ -17,12 +17,11 @@ from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.pairing import IMAGE, INNER, SIDECAR, Members, images_of
 from pipeline.packing.survey import ListedImage, Survey, extension, is_image_name
-from pipeline.sources.tar import BLOCK, walk_tar
+from pipeline.sources.tar import LACKS_END, lacks_end, walk_tar
 
 Read = Callable[[int, int], bytes]  # the bytes at an offset, of a size
 SYNSET = re.compile(r"n\d{8}")  # ImageNet's class tars, when they lie side by side
 MOST_NAMED = 20  # damaged archives in one error
-UNENDED = "tars have no mark of their end: they were cut short there, or their writer left it out"
 SPARSE = "members are sparse files, whose bytes are not all in the tar: write it without `--sparse`"
 
 
@@ -45,7 +44,7 @@ def several(archives: list[str], survey: Survey) -> Iterator[ListedImage]:
     if damaged:
         raise ValueError(_joined(damaged, "; "))
     if unended:
-        survey.remark(UNENDED, _joined(unended, ", "), len(unended))
+        survey.remark(f"tars {LACKS_END}", _joined(unended, ", "), len(unended))
     if archives:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
             manifest = json.loads(files.read(posixpath.join(posixpath.dirname(archives[0]), "manifest.json")))
@@ -126,7 +125,7 @@ def _tar(
 
         if member.kind == "sparse":
             survey.remark(SPARSE, f"{name} in {place}")
-    if end - reached < BLOCK:
+    if lacks_end(reached, end):
         unended.append(f"{place}, {above}" if above else place)
 
     def inner(i: int) -> Iterator[ListedImage]:

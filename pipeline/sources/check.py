@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +16,7 @@ from pipeline.progress import track
 from pipeline.sources.index import format_index, image_rank, index_tar, read_index
 from pipeline.sources.scan import FETCHES, checksum_of, in_processes, map_ahead
 from pipeline.sources.storage import Storage
+from pipeline.sources.tar import LACKS_END
 
 
 class Expected(NamedTuple):
@@ -64,7 +66,8 @@ def _check(storage: Storage, shard: Expected) -> list[str]:
         data = storage.open(shard.tar, bytes=shard.bytes)
         if shard.checksum and (found := checksum_of(data)) != shard.checksum:
             return [f"{shard.tar}: checksum {found}, the manifest says {shard.checksum}: fetch or write it again"]
-        samples = index_tar(data)
+        kinds: Counter[str] = Counter()
+        samples = index_tar(data, kinds)
         try:
             text = storage.read_bytes(shard.idx)
         except FileNotFoundError:  # then it is built in the cache when it is needed: from the same tar, as here
@@ -73,7 +76,7 @@ def _check(storage: Storage, shard: Expected) -> list[str]:
     except (ValueError, OSError) as error:
         return [str(error) if str(error).startswith(shard.tar) else f"{shard.tar}: {error}"]
     best = [min((c for c in s if image_rank(c.extension) >= 0), key=lambda c: image_rank(c.extension)) for s in samples]
-    faults = []
+    faults = [f"{shard.tar}: a tar {LACKS_END}"] if kinds["no end"] else []
     if sorted(zip(index.offsets.tolist(), index.sizes.tolist())) != sorted((c.offset, c.size) for c in best):
         faults.append(f"{shard.idx}: does not say where the images of {shard.tar} are: delete it and the manifest")
     for component in best:

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from pipeline.pixels.formats import EXTENSIONS as IMAGE_EXTENSIONS
-from pipeline.sources.tar import BLOCK, Member, walk_tar
+from pipeline.sources.tar import BLOCK, Member, lacks_end, walk_tar
 
 LABEL_EXTENSION = "cls"
 LONGEST_INTEGER = 18  # digits of an offset or size in an index; the sum of two fits into an int64
@@ -72,18 +72,19 @@ def index_tar(tar: str | Path | np.ndarray, kinds: Counter[str] | None = None) -
 
     Takes a path or the tar's bytes. A key that comes again with an extension it already had (two tars concatenated)
     begins a new sample. Sparse members are left out: their bytes in the tar are not those of the file. `kinds` counts
-    the members of each kind. ValueError, with the remedy, for a tar that is compressed, cut short or damaged; NoImages.
+    the members of each kind, and "no end" when `lacks_end`. ValueError, with the remedy, for a tar that is compressed,
+    cut short or damaged; NoImages.
     """
     label = str(tar) if isinstance(tar, str | Path) else "the tar"
     kinds = Counter() if kinds is None else kinds
     if isinstance(tar, np.ndarray):
-        samples = _group(_members(np.ascontiguousarray(tar).data, label), kinds)
+        samples = _group(_members(np.ascontiguousarray(tar).data, label, kinds), kinds)
     elif Path(tar).stat().st_size == 0:
         raise ValueError(f"{label} is an empty file: fetch or write it again")
     else:
         with Path(tar).open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m, memoryview(m) as view:
             m.madvise(mmap.MADV_RANDOM)  # only headers are looked at: do not read the images between them ahead
-            samples = _group(_members(view, label), kinds)
+            samples = _group(_members(view, label, kinds), kinds)
     with_image = [s for s in samples if any(image_rank(c.extension) >= 0 for c in s)]
     if not with_image:
         found = sorted({c.extension for s in samples for c in s})[:8]
@@ -97,8 +98,12 @@ def index_tar(tar: str | Path | np.ndarray, kinds: Counter[str] | None = None) -
     return with_image
 
 
-def _members(data: memoryview, label: str) -> Iterator[Member]:
-    return walk_tar(lambda offset, size: bytes(data[offset : offset + size]), 0, len(data), label)
+def _members(data: memoryview, label: str, kinds: Counter[str]) -> Iterator[Member]:
+    reached = 0
+    for member in walk_tar(lambda offset, size: bytes(data[offset : offset + size]), 0, len(data), label):
+        reached = member.offset + member.size
+        yield member
+    kinds["no end"] += lacks_end(reached, len(data))
 
 
 def _group(members: Iterator[Member], kinds: Counter[str]) -> list[list[Component]]:

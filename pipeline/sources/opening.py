@@ -42,6 +42,7 @@ from pipeline.sources.manifest import (
 )
 from pipeline.sources.scan import Scanned, index_shards
 from pipeline.sources.storage import Storage
+from pipeline.sources.tar import LACKS_END
 
 # A streamed source deals a batch from this many lanes, and shuffles together what all of them have in use: remote
 # shards of about so many bytes, which must be there before the first batch; local ones of about so many samples.
@@ -294,6 +295,9 @@ def _build(
             )
         if sparse := sum(s.sparse for s in scanned.values()):
             _warn(f"{sparse:,} members in {root} are sparse files and not used: write the tars without `--sparse`")
+        if unended := [name for name, s in scanned.items() if s.lacks_end]:
+            more = f" and {len(unended) - MOST_NAMED:,} more" if len(unended) > MOST_NAMED else ""
+            _warn(f"{len(unended):,} tars {LACKS_END}: {', '.join(unended[:MOST_NAMED])}{more} in {root}")
         manifest = Manifest(root if beside else whole_root, shards, index_root="" if beside else str(cached))
         save_manifest(manifest, (beside or cached) / NAME)
         return manifest

@@ -37,6 +37,7 @@ class Scanned(NamedTuple):
     sparse: int = 0  # members with holes left out, which are not used
     index_differs: bool = False  # another .idx is there already: it was left alone, and none was written
     damaged: bool = False  # `problem` says how; an index cannot be made
+    lacks_end: int = 0  # 1: there is no mark of the tar's end
 
 
 def index_shards(
@@ -118,7 +119,7 @@ def _write(samples: list[list[Component]], kinds: Counter[str], index: Path, siz
     index.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(index, format_index(samples))
     beyond = sum(sum(image_rank(c.extension) >= 0 for c in sample) - 1 for sample in samples)
-    return Scanned(len(samples), size, checksum, beyond, sparse=kinds["sparse"])
+    return Scanned(len(samples), size, checksum, beyond, sparse=kinds["sparse"], lacks_end=kinds["no end"])
 
 
 def checksum_of(data: np.ndarray) -> str:

@@ -13,6 +13,7 @@ BLOCK = 512
 MOST_HEADER_BYTES = 16 << 20  # of a PAX header: extended attributes of a file can be megabytes
 LONGEST_NAME = 4096  # bytes, as on Linux
 COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00")  # gzip, zstd, bzip2, xz
+LACKS_END = "without a mark of the end (cut short there, or the writer left it out)"
 PATH, SIZE, SPARSE, SPARSE_NAME = b"path", b"size", b"GNU.sparse.", b"GNU.sparse.name"  # keywords of PAX records
 
 
@@ -99,8 +100,13 @@ def walk_tar(read: Callable[[int, int], bytes], begin: int, end: int, label: str
         position = data + _padded(size)
     if position > end or end == begin or any(read(position, end - position)):
         raise ValueError(f"{label} is cut short at byte {end - begin:,}; fetch or write it again")
-    # No end-of-archive blocks: some writers leave them out, and a killed one too; the manifest's byte count tells
-    # which.
+    # No end-of-archive blocks: see `lacks_end`.
+
+
+def lacks_end(reached: int, end: int) -> bool:
+    """Whether the mark of a tar's end, a block of zeros, is missing after its last member, whose data reach to byte
+    `reached`. Some writers leave it out; one that was killed does too, and cutting a tar between two members."""
+    return end - reached < BLOCK
 
 
 def _on_one_line(name: str) -> str:

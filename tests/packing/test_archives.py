@@ -86,7 +86,7 @@ def test_tars_without_an_end_are_named(tmp_path: Path, capsys: pytest.CaptureFix
             tar.write_bytes(tar.read_bytes()[: 7 * 1024])  # a block of header and one of data each
     assert pack(src, tmp_path / "d")["packed"] == 2 * 20 + 2 * 7
     told = capsys.readouterr().out
-    assert "2  tars have no mark of their end: they were cut short there, or their writer left it out" in told
+    assert "2  tars without a mark of the end (cut short there, or the writer left it out); the first: " in told
     assert f"{src}/2.tar, {src}/3.tar" in told
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.sources.check import Expected, check_shards
 from pipeline.sources.index import format_index, index_tar, read_index
 from pipeline.sources.opening import open_source
+from pipeline.sources.storage import Storage
 from pipeline.sources.tar import LONGEST_NAME, MOST_HEADER_BYTES, walk_tar
 
 
@@ -244,3 +246,24 @@ def test_white_space_and_zeros_in_names(tmp_path: Path) -> None:
     text = format_index(index_tar(tmp_path / "a.tar"))
     assert len(read_index(text, samples=1)) == 1
     assert os.fsencode("n%0Aul.j%20pg.jpg") in text
+
+
+def test_a_tar_without_an_end_is_told_and_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut between two members, a tar looks whole but for the mark of its end."""
+    for i in range(4):
+        tar = write_tar(tmp_path / f"{i}.tar", [(f"{n}.jpg", picture(n)) for n in range(8)])
+        if i > 1:
+            member = 512 + -(-len(picture()) // 512) * 512
+            tar.write_bytes(tar.read_bytes()[: 5 * member])
+    source = open_source(str(tmp_path), progress=False)
+    assert source.samples == 2 * 8 + 2 * 5
+    told = capsys.readouterr().err
+    assert "2 tars without a mark of the end" in told and "2.tar, 3.tar in " in told
+    shards = [
+        Expected(str(tmp_path / f"{i}.tar"), str(tmp_path / f"{i}.idx"), n, (tmp_path / f"{i}.tar").stat().st_size, "")
+        for i, n in enumerate((8, 8, 5, 5))
+    ]
+    faults = list(check_shards(shards, Storage(), workers=1, progress=False))
+    assert [fault.partition(" (")[0] for fault in faults] == [
+        f"{tmp_path}/{i}.tar: a tar without a mark of the end" for i in (2, 3)
+    ]
