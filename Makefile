@@ -5,16 +5,31 @@ BIN := .venv/bin
 # What demo.sh makes in demo/.
 DEMO := images shards run views.png neighbours.png .made_by_make_demo
 
-.PHONY: install demo test check lint clean
+# CUDA=12 or CUDA=13: the builds of torch and DALI. Left out: those that are in .venv, or else those that the driver
+# runs, or else 13.
+INSTALLED := $(if $(wildcard .venv/installed),$(or $(shell cat .venv/installed),13))
+DRIVER := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Za-z ]*Version: *\([0-9]*\)\..*/\1/p' | head -n 1)
+CUDA ?= $(or $(INSTALLED),$(if $(filter 12,$(DRIVER)),12,13))
+INDEX_12 := --extra-index-url https://download.pytorch.org/whl/cu126
+
+.PHONY: install demo test check lint clean other-cuda
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
-	@echo "== installing into .venv (once; about 7 GB with CUDA libraries, a few minutes)"
+.venv/installed: pyproject.toml constraints.txt constraints-cuda$(CUDA).txt $(if $(filter-out $(CUDA),$(INSTALLED)),other-cuda)
+	@echo "== installing into .venv for CUDA $(CUDA) (once; about 7 GB with CUDA libraries, a few minutes)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	@touch $@
+	$(BIN)/python -m pip install --quiet --constraint constraints-cuda$(CUDA).txt $(INDEX_$(CUDA)) --editable ".[dev,cuda$(CUDA)]"
+	@echo $(CUDA) > $@
+
+constraints-cuda%.txt:
+	$(error CUDA=$(CUDA): there is CUDA=12 and CUDA=13)
+
+# DALI's two builds put their files into the same folder: neither may be left of the other.
+other-cuda:
+	@echo "== .venv has the builds for CUDA $(INSTALLED): removing it"
+	rm -rf .venv
 
 lint: install
 	$(BIN)/ruff format --check .

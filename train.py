@@ -46,7 +46,15 @@ from pipeline.loader import Loader
 from recipe import Recipe
 from trainer import build, resume, trackers
 from trainer.diagnosis import stop_if_not_finite, warnings_during
-from trainer.joining import CommonError, all_ranks_agree, control_group, exit_with_launcher, gather_objects, rejoin
+from trainer.joining import (
+    CommonError,
+    all_ranks_agree,
+    check_driver,
+    control_group,
+    exit_with_launcher,
+    gather_objects,
+    rejoin,
+)
 from trainer.log import Log
 from trainer.metrics import Window, memory_gb, norm, norm_of_gradients
 from trainer.mirror import Mirror, local_folder, pull
@@ -417,9 +425,10 @@ def evaluate_knn(t: Training, step: int) -> None:
 
 
 def join(r: Recipe) -> Accelerator:
-    """Finds the other ranks. ValueError for a tracker or a way to train that is not there."""
+    """Finds the other ranks. ValueError for a tracker or a way to train that is not there, and for too old a driver."""
     trackers.check(r.trackers)
     build.check_launcher()
+    check_driver()
     ranks = os.environ.get("WORLD_SIZE", "1")
     with saying(f"waiting for all {ranks} ranks" if os.environ.get("RANK", "0") == "0" else ""):
         return Accelerator(

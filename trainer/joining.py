@@ -23,10 +23,41 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
+def check_driver() -> None:
+    """Raises ValueError, with the command that helps, when the NVIDIA driver is older than the CUDA that torch was
+    built for. torch itself only warns, and trains on the CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    built_for = torch.version.cuda
+    if built_for is None or hidden or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return
+    version = cuda_of_driver()
+    if version is None or version[0] >= int(built_for.partition(".")[0]):
+        return
+    remedy = "update the driver" if version[0] < 12 else "`make install CUDA=12`, or update the driver"
+    raise ValueError(
+        f"the NVIDIA driver runs CUDA {version[0]}.{version[1]} at most, and torch {torch.__version__} is built for "
+        f"CUDA {built_for}: {remedy}; ACCELERATE_USE_CPU=true keeps off the GPUs"
+    )
+
+
+def cuda_of_driver() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver runs, (12, 4) for instance; None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int(0)
+    if driver.cuDriverGetVersion(ctypes.byref(number)) != 0 or not number.value:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Joins the process group named by the launcher's environment and leaves it at the end. ACCELERATE_USE_CPU=true
-    keeps it off the GPUs."""
+    keeps it off the GPUs. Raises ValueError for a driver that is too old."""
+    check_driver()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
