@@ -1,5 +1,6 @@
 """Fixtures for every test: small image folders made here, real photographs where present, real ranks."""
 
+import ast
 import contextlib
 import multiprocessing.process
 import os
@@ -190,6 +191,16 @@ def undisturbed(runs: "Runs", shards_dir: Path, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     assert runs.train(out, shards_dir) == [0], log_of(out).read_text()
     return out
+
+
+def commands() -> list[str]:
+    """The modules that a user runs as `python -m MODULE`."""
+    found = []
+    for path in sorted([*REPOSITORY.glob("pipeline/*.py"), *REPOSITORY.glob("transfer/*.py")]):
+        conditions = [ast.unparse(node.test) for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+        if "__name__ == '__main__'" in conditions:
+            found.append(f"{path.parent.name}.{path.stem}")
+    return found
 
 
 def free_port() -> int:

@@ -12,19 +12,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY, commands
 
 import recipe
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
     REPOSITORY / "benchmarks/README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-COMMANDS = (
-    *(f"pipeline.{name}" for name in ("make_shards", "loader", "order", "manifest", "preview")),
-    *(f"transfer.{name}" for name in ("embed", "probe", "knn", "linear", "gallery", "curves", "report", "export")),
-)
+COMMANDS = commands()
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]*)")
 PROGRAM = re.compile(
     r"(?:python|accelerate launch|torchrun)\s[^|;&]*?-m (?:-- )?((?:pipeline|transfer)\.\w+)"

@@ -6,19 +6,25 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, cpu_environment
+from conftest import REPOSITORY, commands, cpu_environment
 
-HEAVY = {"torch", "torchvision", "nvidia", "accelerate", "matplotlib", "tensorboard"}
+HEAVY = {"torch", "torchvision", "nvidia", "accelerate", "matplotlib", "tensorboard", "scipy", "sklearn", "timm"}
 COMMANDS = [
     ["train.py"],
     ["pipeline/make_shards.py"],
-    *(["-m", f"pipeline.{name}"] for name in ("make_shards", "loader", "order", "manifest", "preview")),
+    *(["-m", module] for module in commands()),
 ]
 
 
 def processor_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_all_commands_are_looked_at() -> None:
+    names = {command[-1] for command in COMMANDS}
+    assert {"pipeline.loader", "pipeline.preview", "transfer.knn", "transfer.curves"} <= names
+    assert "transfer.load" not in names
 
 
 @pytest.mark.process
@@ -36,7 +42,7 @@ def test_arguments_are_looked_at_before_heavy_imports(command: list[str], flag: 
     )
     seconds = processor_seconds() - before  # a busy machine lengthens these less than those of the clock
     imported = set(re.findall(r"^import time:.*\| +(\w+)", result.stderr, re.MULTILINE))
-    assert "jsonargparse" in imported
+    assert "argparse" in imported
     assert imported & HEAVY == set()
     assert result.returncode == (0 if flag == "--help" else 2)
     assert "usage: " in (result.stdout if flag == "--help" else result.stderr)
