@@ -76,7 +76,7 @@ class Listing:
                     sidecars = [each for each in image.sidecars or () if each.extension != LABEL_EXTENSION]
                     image = image._replace(label=None, sidecars=sidecars or None)
                 survey.add(image)
-                where, what = encode(image.path), encode(_as_written(image)[1:])
+                where, what = encode(image.path), encode((_as_written(image) if image.sidecars else image)[1:])
                 digest.update(what.encode())  # not the place: the same images elsewhere are the same input
                 line = f"[{where},{what[1:]}\n".encode()
                 rows.extend((position, image.size))
@@ -115,4 +115,4 @@ class Listing:
 def _as_written(image: ListedImage) -> ListedImage:
     """The sidecars of a tar without their last two fields, as they have always been: the digest stays what it was."""
     short = [each if each.file or each.packing is not None else each[:3] for each in image.sidecars or ()]
-    return image._replace(sidecars=short or None)  # type: ignore[arg-type]
+    return image._replace(sidecars=short)  # type: ignore[arg-type]

@@ -33,17 +33,8 @@ class Members:
         self.kinds = array("b")
         self.offsets, self.sizes, self.packings = array("q"), array("q"), array("i")
         self._text, self._ends = bytearray(), array("q")
-        # Hashes of the whole name, of the name without its last extension, and of the name up to the first dot.
-        self._names, self._stems, self._keys = array("Q"), array("Q"), array("Q")
-        self._has_suffix = array("b")  # between the key and the extension, as `mask` in a.mask.png
 
     def add(self, name: str, kind: int, *, offset: int = -1, size: int = -1, packing: int = NO_ZIP) -> None:
-        folder, slash, base = name.rpartition("/")
-        stem, key = _stem(base), base.partition(".")[0]
-        self._names.append(_hash(name))
-        self._stems.append(_hash(folder + slash + stem))
-        self._keys.append(_hash(folder + slash + key))
-        self._has_suffix.append(stem[len(key) + 1 :][:1].isalpha())  # a number counts images: cat.1.jpg
         self._text += name.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._text))
         self.offsets.append(offset)
@@ -93,7 +84,7 @@ class Members:
         sample[kinds == INNER] = len(kinds)  # of no image
         if not len(rest) or not len(images):
             return sample, is_sidecar
-        names, stems, keys = self._apart()
+        (names, stems, keys), has_suffix = self._hashes()
         known, first, which = np.unique(stems[images], return_index=True, return_inverse=True)
         sample[images] = images[first][which]
         sample[rest] = _look_up(known, images[first], stems[rest])
@@ -103,7 +94,7 @@ class Members:
 
         if masks:
             plain = images[stems[images] == keys[images]]
-            second = images[np.frombuffer(self._has_suffix, np.int8)[images] > 0]
+            second = images[has_suffix[images]]
             second = second[~np.isin(sample[second], sample[rest])]
             second = second[np.isin(keys[second], np.intersect1d(keys[plain], keys[rest]))]
             is_sidecar[second] = True
@@ -115,27 +106,33 @@ class Members:
         sample[left] = _look_up(shared[count == 1], candidates[at[count == 1]], keys[left])
         return sample, is_sidecar
 
-    def _apart(self) -> list[np.ndarray]:
-        """The hashes of names, stems and keys; where a name comes again (tars that were put together may repeat their
-        names), those of what follows it differ from those before, among the names with one key."""
-        hashes = [np.frombuffer(h, np.uint64) for h in (self._names, self._stems, self._keys)]
+    def _hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """uint64 [3, n]: of the whole name, of the name without its last extension, of the name up to the first dot;
+        bool [n]: are there letters between the two, as `mask` in a.mask.png.
+
+        Where a name comes again (tars that were put together may repeat their names), the hashes of what follows it
+        differ from those before, among the names with one key.
+        """
+        hashes = np.empty((3, len(self.kinds)), np.uint64)
+        has_suffix = np.empty(len(self.kinds), bool)
+        for i, name in enumerate(map(self.name, range(len(self.kinds)))):
+            folder, slash, base = name.rpartition("/")
+            stem, key = _stem(base), base.partition(".")[0]
+            hashes[:, i] = _hash(name), _hash(folder + slash + stem), _hash(folder + slash + key)
+            has_suffix[i] = stem[len(key) + 1 :][:1].isalpha()  # a number counts images: cat.1.jpg
         names, _, keys = hashes
         _, first, count = np.unique(names, return_index=True, return_counts=True)
-        if len(first) == len(names):
-            return hashes
-        hashes = [h.copy() for h in hashes]
         turns: dict[int, tuple[int, set[int]]] = {}  # by key: how often a name came again, and the names since then
         for i in np.flatnonzero(np.isin(keys, keys[first[count > 1]])).tolist():
-            name, key = int(names[i]), int(keys[i])
-            turn, seen = turns.get(key, (0, set()))
-            if name in seen:
+            hashed, of_key = int(names[i]), int(keys[i])
+            turn, seen = turns.get(of_key, (0, set()))
+            if hashed in seen:
                 turn, seen = turn + 1, set()
-            turns[key] = turn, seen
-            seen.add(name)
+            turns[of_key] = turn, seen
+            seen.add(hashed)
             if turn:
-                for h in hashes:
-                    h[i] = _hash(f"{h[i]} {turn}")
-        return hashes
+                hashes[:, i] = [_hash(f"{h} {turn}") for h in hashes[:, i]]
+        return hashes, has_suffix
 
 
 def images_of(
@@ -165,7 +162,7 @@ def images_of(
             continue
         name, names = members.name(i), list(map(members.name, others))
         sidecars = []
-        for j, other, part in zip(others, names, sidecar_extensions(name, names)):
+        for j, other, part in zip(others, names, sidecar_extensions(name, names) if names else ()):
             is_file = members.offsets[j] < 0
             sidecars.append(
                 Sidecar(part, members.offsets[j], members.sizes[j], other if is_file else "", _packing(members, j))
