@@ -49,6 +49,7 @@ from trainer.diagnosis import stop_if_not_finite, warnings_during
 from trainer.joining import (
     CommonError,
     all_ranks_agree,
+    check_all_came,
     check_driver,
     control_group,
     exit_with_launcher,
@@ -425,13 +426,13 @@ def evaluate_knn(t: Training, step: int) -> None:
 
 
 def join(r: Recipe) -> Accelerator:
-    """Finds the other ranks. ValueError for a tracker or a way to train that is not there, and for too old a driver."""
+    """Finds the other ranks. ValueError when they do not come; for a tracker, launcher or driver that will not do."""
     trackers.check(r.trackers)
     build.check_launcher()
     check_driver()
     ranks = os.environ.get("WORLD_SIZE", "1")
     with saying(f"waiting for all {ranks} ranks" if os.environ.get("RANK", "0") == "0" else ""):
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=r.precision if r.precision in ("bf16", "fp16") else "no",
             log_with=list(r.trackers) or None,
             project_dir=r.out,
@@ -441,6 +442,8 @@ def join(r: Recipe) -> Accelerator:
             # Each rank keeps its own batch-norm statistics; DDP would send rank 0's to all at every forward pass.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+    check_all_came(accelerator.num_processes)
+    return accelerator
 
 
 def main(r: Recipe) -> None:

@@ -37,7 +37,11 @@ def test_a_rank_that_dies_ends_the_others_who_name_it(runs: Runs, shards_dir: Pa
     assert runs.wait(pids, 60) == [1, -signal.SIGKILL], log_of(out).read_text()
     assert time.monotonic() - killed < 60
     said = errors(log_of(out).read_text())
-    assert any("rank 0" in line and re.search(rf"rank 1 \(.* process {pids[1]}\) at step \d+", line) for line in said)
+    known = (
+        rf"rank 1 \(.* process {pids[1]}\), last heard of \d+ s ago at step (\d+) in .*; this rank is at step (\d+) in"
+    )
+    (found,) = (match for line in said if "rank 0" in line and (match := re.search(known, line)))
+    assert int(found[1]) <= int(found[2])
 
 
 def test_a_rank_that_hangs_ends_with_the_others_who_name_it(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
@@ -51,7 +55,8 @@ def test_a_rank_that_hangs_ends_with_the_others_who_name_it(runs: Runs, shards_d
     said = errors(log_of(out).read_text())
     assert len(said) == 1
     assert re.search(
-        rf"rank 0 ends the run: rank 1 \(.* process {pids[1]}\) at step \d+ in .*: no sign of life", said[0]
+        rf"rank 0 ends the run: rank 1 \(.* process {pids[1]}\), last heard of \d+ s ago at step \d+ in .*: no sign of",
+        said[0],
     )
 
 

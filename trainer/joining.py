@@ -6,7 +6,9 @@ The launchers' environment names the group: torchrun, `accelerate launch`, or la
 import contextlib
 import ctypes
 import os
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+# Where launchers say how many processes they started: torchrun, three kinds of mpirun, srun.
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 class Ranks(NamedTuple):
@@ -60,6 +65,7 @@ def joined() -> Iterator[Ranks]:
     check_driver()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+    check_all_came(world_size)
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
     device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not cpu:
@@ -109,9 +115,57 @@ def exit_with_launcher() -> None:
     Not for other parents: a shell that somebody logs out of must not take a training with it.
     """
     with contextlib.suppress(OSError, AttributeError):
-        program, *arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
-        if b"python" in program and any(b"accelerate" in argument for argument in arguments):
+        if _arguments_of_accelerate():
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def check_all_came(ranks: int) -> None:
+    """ValueError, with the command that works, when a launcher was asked for more processes than the `ranks` that found
+    each other: they would be as many trainings, each by itself."""
+    if ranks == 1 and (asked := _asked_of_accelerate()):
+        raise ValueError(
+            f"`accelerate launch` was asked for {asked} processes and started one: on a CPU it starts more only by "
+            f"mpirun. Start them with: {_on_cpu(asked if asked.isdigit() else 'N')}"
+        )
+    name = next((name for name in SIZES if os.environ.get(name, "").isdigit()), "")
+    started = int(os.environ[name]) if name else 1
+    if started == ranks:
+        return
+    if name == "WORLD_SIZE" and "LOCAL_RANK" in os.environ:
+        remedy = f"without a GPU this has to be said: {_on_cpu(os.environ.get('LOCAL_WORLD_SIZE', str(started)))}"
+    else:
+        remedy = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell them; launch/torchrun.sh and "
+        remedy += "launch/slurm.sbatch set these"
+    raise ValueError(
+        f"{name} says that {started} processes were started, but {ranks} found each other, and each would train by "
+        f"itself: {remedy}"
+    )
+
+
+def _on_cpu(processes: str) -> str:
+    return f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {processes} {Path(sys.argv[0]).name} ..."
+
+
+def _arguments_of_accelerate() -> list[str]:
+    """The command line of the parent process when that is `accelerate`; else empty."""
+    program, *arguments = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    return arguments if "python" in program and any("accelerate" in argument for argument in arguments) else []
+
+
+def _asked_of_accelerate() -> str:
+    """How many processes `accelerate launch` was asked for when it started this one alone; "" otherwise.
+
+    It sets MASTER_ADDR for several processes, and RANK and WORLD_SIZE only where it starts them.
+    """
+    with contextlib.suppress(OSError):
+        arguments = _arguments_of_accelerate()
+        before = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        was_set = any(variable.startswith(b"MASTER_ADDR=") for variable in before)
+        if not arguments or was_set or "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
+            return ""
+        said = re.search(r"\0--num[-_]processes[=\0](\d+)\0", "\0".join(arguments))
+        return said[1] if said else "several"
+    return ""
 
 
 @contextmanager

@@ -143,10 +143,16 @@ class Watchdog(threading.Thread):
         return others
 
     def _describe(self, others: Places, ranks: list[int], what: str) -> str:
-        return "; ".join(
-            f"rank {r} ({others[r][3].replace(' ', ' process ')}) at step {others[r][1]} in {others[r][2]!r}: {what}"
-            for r in ranks
-        )
+        """Where those ranks are, or how long ago they said so: a rank goes through many steps between two signs."""
+        said, stale = [], False
+        for r in ranks:
+            _, step, phase, where = others[r]
+            age = time.monotonic() - self._seen[r][1] if r != self.rank else 0.0
+            when = f", last heard of {age:.0f} s ago" if age > 2 * BEAT else ""
+            stale = stale or bool(when)
+            said.append(f"rank {r} ({where.replace(' ', ' process ')}){when} at step {step} in {phase!r}: {what}")
+        here = f"; this rank is at step {self.step} in {self.name_of_phase!r}" if stale else ""
+        return "; ".join(said) + here
 
     def _end(self, message: str, culprits: Sequence[int] = (), others: Places | None = None) -> None:
         speaker = min((r for r in range(self.ranks) if r not in culprits), default=0)
