@@ -132,6 +132,14 @@ def remove(place: str) -> None:
             local_path(place).unlink()
 
 
+def make_folder_of(place: str) -> None:
+    """Makes the folder that a file is about to be written to."""
+    if is_remote(place):
+        make_folder(place.rpartition("/")[0])
+    else:
+        local_path(place).parent.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def writing(place: str) -> Iterator[BinaryIO]:
     """A file to write to, that becomes `place` when the block ends without an error."""

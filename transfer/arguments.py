@@ -2,6 +2,7 @@
 before the seconds that torch and DALI take.
 """
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,9 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.command import add_cache_flags
+from pipeline.files import is_remote
 
-RUN = "run folder, a checkpoint of a run, or a MoCo .pth.tar"
+RUN = "run folder or its URL, a checkpoint of a run, or a MoCo .pth.tar"
 SOURCE = "(folder of shards, URL, card)"
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
 
@@ -50,7 +52,7 @@ def linear() -> Namespace:
     add_encoder_flags(parser)
     add("--train", type=str, required=True, help=f"labelled source to train on {SOURCE}")
     add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
-    add("--out", type=Path | None, help="folder for metrics and checkpoint; RUN/linear when left out")
+    add("--out", type=str | None, help="folder for metrics and checkpoint, or its URL; RUN/linear when left out")
     add("--lr", type=PositiveFloat | list[PositiveFloat], default=GRID, help="one, or a list for a classifier each")
     add("--epochs", type=PositiveInt, default=100, help="passes over the training images")
     add("--batch_size", type=PositiveInt, default=256, help="images per step over all ranks")
@@ -70,7 +72,7 @@ def gallery() -> Namespace:
     add = parser.add_argument
     add_encoder_flags(parser)
     add("--data", type=str, required=True, help=f"source to search {SOURCE}; labels are optional")
-    add("--output", type=str, default="gallery.png", help="the PNG to write")
+    add("--output", type=str, default="gallery.png", help="the PNG to write, or its URL")
     add("--queries", type=PositiveInt, default=8, help="rows of the picture")
     add("--neighbours", type=PositiveInt, default=8, help="neighbours in a row")
     add_features_flag(parser)
@@ -85,7 +87,7 @@ def export() -> Namespace:
     parser = ArgumentParser(prog="python -m transfer.export", description="Writes a run's encoder for use elsewhere.")
     add = parser.add_argument
     add("--run", type=str, required=True, help=RUN)
-    add("--output", type=Path, required=True, help="the file to write, such as r50.pth or r50.safetensors")
+    add("--output", type=str, required=True, help="file to write, or its URL, such as r50.pth or r50.safetensors")
     add(
         "--format",
         type=Literal["torchvision", "moco"],
@@ -99,8 +101,8 @@ def export() -> Namespace:
 def report() -> Namespace:
     parser = ArgumentParser(prog="python -m transfer.report", description="One HTML page about one run or several.")
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", help="run folders")
-    add("--output", type=Path | None, help="the page to write; RUN/report.html of the first run when left out")
+    add("runs", type=str, nargs="+", help="run folders, or their URLs")
+    add("--output", type=str | None, help="page to write, or its URL; RUN/report.html of the first run when left out")
     add(
         "--images",
         type=NonNegativeInt,
@@ -115,9 +117,16 @@ def curves() -> Namespace:
     parser = ArgumentParser(
         prog="python -m transfer.curves", description="Draws loss, learning rate, kNN and images/s of a run."
     )
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--output", type=Path | None, help="the PNG to write; RUN/curves.png when left out")
+    parser.add_argument("run", type=str, help="run folder, or its URL")
+    parser.add_argument("--output", type=str | None, help="PNG to write, or its URL; RUN/curves.png when left out")
     return parser.parse_args()
+
+
+def on_this_machine(text: str) -> Path:
+    """The type of a flag for a folder that cannot be at a URL, whose Path would be a local folder named `s3:`."""
+    if is_remote(text):
+        raise ArgumentTypeError(f"{text} is a URL: this command needs a local folder here")
+    return Path(text)
 
 
 def encoder_arguments(args: Namespace) -> dict[str, Any]:

@@ -1,6 +1,11 @@
 """Loss, learning rate, kNN and speed of a run as one picture: `python -m transfer.curves runs/photos` writes
 runs/photos/curves.png."""
 
+from transfer import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.curves()  # before the imports that take seconds
+
 import functools
 import json
 from pathlib import Path
@@ -8,9 +13,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from pipeline import files
 from pipeline.command import command
-from pipeline.files import writing_beside
-from transfer import arguments
+from trainer.mirror import bring
 
 RISES = "rises at first, while real keys replace the queue's random ones"
 PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
@@ -68,8 +73,9 @@ def series(rows: list[dict[str, Any]], field: str) -> tuple[list[int], list[floa
     return [int(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
 
-def draw(run: str | Path, output: str | Path | None = None) -> Path:
-    """Draws the curves of one run; returns where, RUN/curves.png unless told. Errors as `read_metrics`."""
+def draw(run: str | Path, output: str | Path | None = None) -> str | Path:
+    """Draws the curves of one run; returns where, RUN/curves.png unless told another file or URL. Errors as
+    `read_metrics`."""
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
     )  # no pyplot: it would pick a display and keep global state
@@ -96,15 +102,15 @@ def draw(run: str | Path, output: str | Path | None = None) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if title in ("learning rate", "images per second"):
             axes.set_ylim(bottom=0)
-    path = Path(run) / "curves.png" if output is None else Path(output)
-    with writing_beside(path) as file:
+    place = Path(run) / "curves.png" if output is None else output
+    with files.writing(str(place)) as file:
         figure.savefig(file, dpi=120, format="png")
-    return path
+    return place
 
 
 def main(args: Namespace) -> None:
-    print(draw(args.run, args.output))
+    print(draw(bring(args.run), args.output or files.join(args.run, "curves.png")))
 
 
 if __name__ == "__main__":
-    command(functools.partial(main, arguments.curves()))
+    command(functools.partial(main, ARGUMENTS))

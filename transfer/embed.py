@@ -10,13 +10,18 @@ the ranks share the images. The same command goes on where it was killed.
 import json
 import sys
 import time
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from pipeline.command import add_cache_flags, cache_arguments, command
-from transfer.arguments import add_encoder_flags, add_features_flag, add_precision_flag, encoder_arguments
+from transfer.arguments import (
+    add_encoder_flags,
+    add_features_flag,
+    add_precision_flag,
+    encoder_arguments,
+    on_this_machine,
+)
 
 
 def parse() -> Namespace:
@@ -27,7 +32,7 @@ def parse() -> Namespace:
     add = parser.add_argument
     add_encoder_flags(parser)
     add("--data", type=str, required=True, help="source to embed (folder of shards, URL, card); labels are optional")
-    add("--output", type=Path, required=True, help="folder of the features, which all machines see")
+    add("--output", type=on_this_machine, required=True, help="folder of the features, which all machines see")
     add_features_flag(parser)
     add(
         "--views", type=NonNegativeInt, default=0, help="augmented views of each image to embed as well, as in training"

@@ -18,9 +18,10 @@ from safetensors.torch import save as serialize
 import checkpoint
 from model.encoders import RESNETS, timm_options
 from model.interchange import over_both_encoders, read_moco, reference_checkpoint
+from pipeline import files
 from pipeline.command import command
-from pipeline.files import writing_beside
 from recipe import Recipe
+from trainer.mirror import bring
 from transfer.load import LoadedEncoder, load_encoder, weights_hash
 
 
@@ -79,7 +80,9 @@ def what_it_fits(r: Recipe, format: Literal["torchvision", "moco"]) -> str:
     return f"it fits --run and --init here; the reference code has no such encoder: {building_code(r)}"
 
 
-def export(run: str, output: Path, format: Literal["torchvision", "moco"], linear: Path | None = None) -> Path:
+def export(
+    run: str, output: str | Path, format: Literal["torchvision", "moco"], linear: Path | None = None
+) -> str | Path:
     """Writes the query encoder of `run` (a run folder, a checkpoint in it, or a MoCo .pth.tar) to `output`.
 
     torchvision: a state dict, as safetensors when `output` ends so, else by torch.save; `linear`, a folder of
@@ -88,23 +91,25 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
     """
     if linear is not None and format != "torchvision":
         raise ValueError("a classifier goes into the torchvision format alone")
-    if output.exists() and any(output.samefile(read) for read in (Path(run), *Path(run).glob("checkpoints/*"))):
+    place = files.local_path(str(output))
+    read = [path for path in (Path(run), *Path(run).glob("checkpoints/*")) if path.exists()]
+    if (place.exists() and any(map(place.samefile, read))) or str(output).startswith(files.join(run, "checkpoints/")):
         raise ValueError(f"--output {output} is what the encoder is read from: name another file")
     loaded = load_encoder(run)
     print(f"note: {output}: {what_it_fits(loaded.recipe, format)}", file=sys.stderr)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder_of(str(output))
     if format == "torchvision":
         state = torchvision_state(loaded)
         if linear is not None:
             state |= classifier_state(linear, loaded)
-        with writing_beside(output) as written:
-            if output.suffix == ".safetensors":
+        with files.writing(str(output)) as written:
+            if str(output).endswith(".safetensors"):
                 written.write(serialize(state, metadata={"source": loaded.name, "step": str(loaded.step)}))
             else:
                 torch.save(state, written)
         return output
     content = _moco_content(run, loaded)
-    with writing_beside(output) as written:
+    with files.writing(str(output)) as written:
         torch.save(content, written)
     return output
 
@@ -112,14 +117,14 @@ def export(run: str, output: Path, format: Literal["torchvision", "moco"], linea
 def _moco_content(run: str, loaded: LoadedEncoder) -> dict[str, Any]:
     """Whole: what the run or the file holds of key encoder, queue, optimiser and epoch goes along."""
     if not loaded.is_run:
-        file = read_moco(run)
+        file = read_moco(loaded.name)
         parts = {f"encoder_k.{name}": t for name, t in file.key_encoder.items()}
         if file.queue is not None:
             parts |= {"queue": file.queue, "queue_ptr": torch.tensor(file.queue_ptr)}
         about: dict[str, Any] = {"arch": file.arch, "epoch": file.epoch}
         about["key_encoder_updated"] = file.key_encoder_updated
         return reference_checkpoint(file.encoder, parts, optimizer=file.optimizer, **about)
-    path = Path(run)
+    path = Path(bring(run))
     saved = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)
     assert saved is not None  # load_encoder has read it
     epoch, mechanism = float(saved["epoch"]), loaded.recipe.mechanism

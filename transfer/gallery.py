@@ -21,6 +21,7 @@ from jsonargparse import Namespace
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from pipeline import files
 from pipeline.command import cache_arguments, command
 from pipeline.pixels.decode import picture
 from pipeline.preview import fitted
@@ -97,9 +98,9 @@ def make_gallery(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
-) -> Path:
+) -> str | Path:
     """Draws `queries` random samples with their nearest neighbours among the first `images` of source (None: all) to
-    a PNG."""
+    a PNG, a file or its URL. Returns `output`."""
     vectors, labels, sample_ids = extract(
         loaded.part(features).to(device),
         source,
@@ -132,10 +133,10 @@ def make_gallery(
     storage.close()
     where = f"{len(vectors):,} images of {', '.join(source.names)}"
     page = draw(rows, f"Nearest neighbours among {where}, {features} of {Path(loaded.name).name}, step {loaded.step}")
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, format="PNG")
-    return path
+    files.make_folder_of(str(output))
+    with files.writing(str(output)) as file:
+        page.save(file, format="PNG")
+    return output
 
 
 def main(args: Namespace) -> None:

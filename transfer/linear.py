@@ -22,7 +22,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,14 +36,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+from pipeline import files
 from pipeline.command import cache_arguments, command
-from pipeline.files import write_atomically
 from pipeline.labelled import batches_per_epoch, read_labels, train_batches
 from pipeline.progress import Progress
 from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
+from trainer.build import lock_run_folder
 from trainer.joining import Ranks, joined
+from trainer.mirror import Mirror, local_folder
 from transfer.arguments import encoder_arguments
 from transfer.knn import check_classes, warn_of_overlap
 from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
@@ -130,9 +133,10 @@ def linear(
     num_threads: int | None = None,
     ranks: Ranks,
     progress: bool = False,
+    after_epoch: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Trains and judges. Returns a row for each lr after the last epoch: {"epoch", "lr", "loss", "train_top1", "top1",
-    "top5", "seconds"}. All ranks call it.
+    "top5", "seconds"}. All ranks call it; rank 0 calls `after_epoch` when an epoch is saved.
 
     OUT: metrics.jsonl with such rows of each epoch, and the newest epoch's checkpoint. Raises ValueError for sources
     without labels or with unlike classes, a batch that the ranks do not divide, an OUT that holds another experiment.
@@ -211,6 +215,7 @@ def linear(
             state |= {"heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(out, state, step=epoch + 1, keep=1)
             write_rows(metrics, rows)
+            after_epoch()
             if progress:
                 said = ", ".join(f"{row['top1']:.1%} at {row['lr']:g}" for row in newest)
                 print(f"epoch {epoch + 1}/{epochs}  top-1 {said}", file=sys.stderr, flush=True)
@@ -219,7 +224,7 @@ def linear(
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def decay(epoch: int, epochs: int) -> float:
@@ -254,22 +259,49 @@ def shared(read: Callable[[], Any], ranks: Ranks) -> Any:
     return box[0]
 
 
+@contextmanager
+def mirrored(out: str, rank: int) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """The local folder of `out`, and a function that uploads what is new in it when `out` is a URL; rank 0 alone does.
+
+    A failing upload is a warning until the last one, at the end: OSError. Errors at the start as `Mirror.begin`.
+    """
+    folder = local_folder(out)
+    if rank or not files.is_remote(out):
+        yield folder, lambda: None
+        return
+    lock_run_folder(folder)
+    mirror = Mirror(out, folder)
+
+    def upload() -> None:
+        try:
+            mirror.push(keep=1)
+        except OSError as error:
+            print(f"warning: this epoch is saved in {folder} alone ({error})", file=sys.stderr, flush=True)
+
+    try:
+        mirror.begin()
+        yield folder, upload
+        mirror.push(keep=1)
+    finally:
+        mirror.close()
+
+
 def main(args: Namespace) -> None:
     started = time.monotonic()
     out = args.out
     if out is None:
-        if not Path(args.run).is_dir():
+        if not (files.is_remote(args.run) or Path(args.run).is_dir()):
             raise ValueError(f"{args.run} is no run folder: say with --out where metrics and checkpoint go")
-        out = Path(args.run) / ("linear_untrained" if args.untrained else "linear")
+        out = files.join(args.run, "linear_untrained" if args.untrained else "linear")
     loaded = load_encoder(args.run, **encoder_arguments(args))
     train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
     lrs = [float(lr) for lr in (args.lr if isinstance(args.lr, list) else [args.lr])]
     protocol = Protocol(lrs, args.epochs, args.batch_size, args.momentum, args.weight_decay, args.seed)
     how = {"precision": args.precision, "num_threads": args.num_threads, "progress": True}
-    with joined() as ranks:
+    with joined() as ranks, mirrored(out, ranks.rank) as (folder, upload):
         if ranks.rank == 0:
             warn_of_overlap(train, val)
-        rows = linear(loaded, train, val, out, protocol, ranks=ranks, **how)
+        rows = linear(loaded, train, val, folder, protocol, ranks=ranks, after_epoch=upload, **how)
     if ranks.rank == 0:
         best = max(rows, key=lambda row: row["top1"])
         if len(lrs) > 2 and best["lr"] in (min(lrs), max(lrs)):

@@ -22,6 +22,7 @@ from pipeline.pixels.views import MeanStd
 from pipeline.sources.manifest import Source
 from recipe import Recipe
 from trainer.joining import Ranks
+from trainer.mirror import bring
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -83,15 +84,15 @@ def default_resize(image_size: int) -> int:
 def load_encoder(
     run: str | Path, *, untrained: bool = False, image_size: int | None = None, mean_std: MeanStd | None = None
 ) -> LoadedEncoder:
-    """Reads the query encoder of `run`: a run folder (its newest good checkpoint), one checkpoint of a run wherever it
-    lies, or a MoCo `.pth.tar`. What a file is, its content says.
+    """Reads the query encoder of `run`: a run folder or its URL (its newest good checkpoint), one checkpoint of a run
+    wherever it lies, or a MoCo `.pth.tar`. What a file is, its content says.
 
     untrained: the same architecture as it was initialised, the baseline that training has to beat; a run folder needs
     no checkpoint then. image_size, mean_std: instead of the recipe's, or of those that are usual for a MoCo file, which
     says nothing of them.
     Raises FileNotFoundError when there is no such run or no checkpoint in it, ValueError when it cannot be read.
     """
-    path = Path(run)
+    path = Path(bring(str(run)))
     if path.is_file():
         content = interchange.load_plain(path)
         if not (isinstance(content, dict) and content.keys() >= {"encoder", "step"}):

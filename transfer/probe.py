@@ -15,13 +15,13 @@ import io
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 
 from pipeline.command import command
+from transfer.arguments import on_this_machine
 
 
 def parse() -> Namespace:
@@ -31,9 +31,9 @@ def parse() -> Namespace:
         "JSON object.",
     )
     add = parser.add_argument
-    add("--train", type=Path, required=True, help="folder of transfer.embed with the training images")
-    add("--val", type=Path, required=True, help="folder of transfer.embed with the images to classify")
-    add("--output", type=Path | None, help="folder of table and picture; VAL/probe when left out")
+    add("--train", type=on_this_machine, required=True, help="folder of transfer.embed with the training images")
+    add("--val", type=on_this_machine, required=True, help="folder of transfer.embed with the images to classify")
+    add("--output", type=on_this_machine, help="folder of table and picture; VAL/probe when left out")
     add("--k", type=list[PositiveInt], default=[1, 5, 10, 20, 50, 100, 200], help="numbers of neighbours for kNN")
     add("--temperature", type=list[PositiveFloat], default=[0.02, 0.07, 0.1, 0.5], help="temperatures for kNN")
     add("--shares", type=list[ClosedUnitInterval], default=[1.0, 0.1, 0.01], help="parts of the labels to learn from")

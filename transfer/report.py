@@ -25,11 +25,12 @@ from typing import Any, Unpack
 from jsonargparse import Namespace
 
 import recipe as recipes
+from pipeline import files
 from pipeline.command import CacheArguments, cache_arguments, command
-from pipeline.files import write_atomically
 from pipeline.preview import preview
 from pipeline.sources.opening import open_source
 from recipe import Recipe
+from trainer.mirror import bring
 from transfer.chart import COLOURS, Line, line_chart, short
 from transfer.curves import read_metrics, read_objects, series
 from transfer.gallery import make_gallery
@@ -261,7 +262,9 @@ def pictures(run: Run, images: int, cache: CacheArguments) -> str:
     return f'<section class="card"><h3>{_swatch(run)}</h3><div class="pictures">{"".join(parts)}</div></section>'
 
 
-def write_report(folders: list[Path], output: Path, *, images: int = 1000, **cache: Unpack[CacheArguments]) -> Path:
+def write_report(
+    folders: list[Path], output: str | Path, *, images: int = 1000, **cache: Unpack[CacheArguments]
+) -> str | Path:
     """Writes the page. images: how many of a run's images are searched for neighbours; 0: no such picture. cache: for
     remote shards; each run's own unless given.
 
@@ -282,14 +285,15 @@ def write_report(folders: list[Path], output: Path, *, images: int = 1000, **cac
 <h2>Recipe</h2>{recipe_table(runs)}
 </body></html>
 """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, page.encode())
+    files.make_folder_of(str(output))
+    files.write(str(output), page.encode())
     return output
 
 
 def main(args: Namespace) -> None:
-    output = args.output or args.runs[0] / "report.html"
-    print(write_report(args.runs, output, images=args.images, **cache_arguments(args)))
+    output = args.output or files.join(args.runs[0], "report.html")
+    folders = [Path(bring(run)) for run in args.runs]
+    print(write_report(folders, output, images=args.images, **cache_arguments(args)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from conftest import REPOSITORY, cpu_environment
 from safetensors.torch import load_file
+from training import Runs, log_of, losses, metrics
 
 import checkpoint
 import recipe as recipes
@@ -196,3 +197,36 @@ def test_a_run_starts_from_such_a_file(run_folder: Path, shards_dir: Path, tmp_p
     unlike = train("--dim", "16", "--out", str(tmp_path / "unlike"))
     assert unlike.returncode == 2
     assert "does not fit the encoder" in unlike.stderr
+
+
+def test_a_run_goes_through_the_references_layout_and_on_as_if_nothing_had_been(
+    undisturbed: Path, runs: Runs, shards_dir: Path, tmp_path: Path
+) -> None:
+    """One epoch, exported, and a new run from the file: from the second epoch on every loss is that of the run that was
+    never moved, as optimiser, key encoder, queue, pointer and epoch went along. `weights` begins anew instead."""
+    assert runs.train(tmp_path / "first", shards_dir, max_steps=5) == [0], log_of(tmp_path / "first").read_text()
+    file = export(str(tmp_path / "first"), tmp_path / "m.pth.tar", "moco")
+    content = torch.load(file, weights_only=True)
+    parameters = len([name for name in content["state_dict"] if name.startswith("module.encoder_q.")])
+    assert content["epoch"] == 1
+    assert parameters > len(content["optimizer"]["state"]) > 20  # buffers of batch norm have no momentum
+    assert len(content["optimizer"]["param_groups"][0]["params"]) == 2 * len(content["optimizer"]["state"])
+
+    assert runs.train(tmp_path / "on", shards_dir, init=file) == [0], log_of(tmp_path / "on").read_text()
+    assert "query encoder, key encoder, queue, optimiser; begins at epoch 1" in log_of(tmp_path / "on").read_text()
+    assert [row["step"] for row in metrics(tmp_path / "on")] == list(range(6, 21))
+    assert losses(tmp_path / "on") == losses(undisturbed)[5:]
+
+    again = export(str(file), tmp_path / "again.pth.tar", "moco")  # of a foreign file nothing is lost either
+    both = torch.load(again, weights_only=True)
+    assert both["epoch"] == 1 and both["key_encoder_updated"] is True
+    for name, tensor in content["state_dict"].items():
+        assert torch.equal(both["state_dict"][name], tensor), name
+    assert both["optimizer"]["param_groups"] == content["optimizer"]["param_groups"]
+    for i, state in content["optimizer"]["state"].items():
+        assert torch.equal(both["optimizer"]["state"][i]["momentum_buffer"], state["momentum_buffer"])
+
+    options = {"init": file, "init_with": "weights", "max_steps": 1}
+    assert runs.train(tmp_path / "anew", shards_dir, **options) == [0], log_of(tmp_path / "anew").read_text()
+    assert [row["step"] for row in metrics(tmp_path / "anew")] == [1]
+    assert "query encoder, key encoder, queue; begins at epoch 0" in log_of(tmp_path / "anew").read_text()
