@@ -18,7 +18,8 @@ python pipeline/make_shards.py demo/images/train demo/shards/train --samples_per
 python pipeline/make_shards.py demo/images/val demo/shards/val
 
 echo "== 3/6 what the encoder will see"
-python -m pipeline.preview --data demo/shards/train --views cifar --image_size 32 --output demo/views.png
+python -m pipeline.preview --data demo/shards/train --views cifar --image_size 32 --crop_min 0.5 \
+    --output demo/views.png
 
 echo "== 4/6 MoCo pre-training, without a label"
 accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
