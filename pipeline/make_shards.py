@@ -48,7 +48,7 @@ from pipeline.packing.journal import (
 from pipeline.packing.listing import Listing
 from pipeline.packing.plan import PlannedShard, find_duplicates, image_numbers, plan
 from pipeline.packing.prepare import Options
-from pipeline.packing.retry import Retry, after, begun_retry, failed_numbers
+from pipeline.packing.retry import begun_retry, further, new_retry
 from pipeline.packing.shard import HashTask, PackTask, PlannedImage, TaskDone, hash_contents, pack
 from pipeline.packing.summary import finish, table
 from pipeline.packing.survey import Survey, listed_kinds
@@ -148,7 +148,7 @@ def make_shards(
         records = files.join(dest, JOURNAL)
         retry = None
         if before:
-            retry = ongoing or Retry(failed_numbers(dest), before)
+            retry = ongoing or new_retry(dest, before)
             if not retry.numbers:
                 print(f"{dest} is complete, and all of its images were fetched: nothing to retry")
                 return
@@ -167,7 +167,7 @@ def make_shards(
             samples_per_shard=samples_per_shard,
             shard_bytes=shard_bytes,
         )
-        shards = after(shards, before["shards"]) if before else shards
+        shards = further(shards, retry) if retry else shards
         for split in dict.fromkeys(shard.split for shard in shards):
             files.make_folder(files.join(dest, split).rstrip("/"))
         done = finished(dest, shards)

@@ -6,6 +6,7 @@ that one at the end.
 """
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from pipeline import files
@@ -18,6 +19,7 @@ from pipeline.packing.plan import PlannedShard
 class Retry(NamedTuple):
     numbers: list[int]  # of images, in the listing
     before: dict[str, Any]  # the summary of what was packed before
+    first: int  # number of the first further shard
 
 
 def begun_retry(dest: str) -> Retry | None:
@@ -29,10 +31,21 @@ def begun_retry(dest: str) -> Retry | None:
     return Retry(**state)
 
 
-def after(shards: list[PlannedShard], before: dict[str, int]) -> list[PlannedShard]:
+def new_retry(dest: str, before: dict[str, Any]) -> Retry:
+    tars = [
+        re.fullmatch(r"shard-(\d+)\.tar", name) for name in files.names(files.join(dest, _split(before)).rstrip("/"))
+    ]
+    # After the highest number: shards of which nothing was left have left gaps.
+    return Retry(failed_numbers(dest), before, 1 + max((int(tar[1]) for tar in tars if tar), default=-1))
+
+
+def further(shards: list[PlannedShard], retry: Retry) -> list[PlannedShard]:
     """The shards with numbers that follow those before; what was held out stays as it is."""
-    split = "train" if "train" in before else ""
-    return [shard._replace(split=split, number=shard.number + before[split]) for shard in shards]
+    return [shard._replace(split=_split(retry.before), number=shard.number + retry.first) for shard in shards]
+
+
+def _split(before: dict[str, Any]) -> str:
+    return "train" if "train" in before["shards"] else ""
 
 
 def failed_numbers(dest: str) -> list[int]:

@@ -52,7 +52,7 @@ def finish(
     made: dict[str, list[Shard]] = {shard.split: [] for shard in shards}
     for split, count in before.get("shards", {}).items():
         place = files.join(_folder(dest, split), "manifest.json")
-        made[split] = list(parse_manifest(files.read(place), place).shards[:count])
+        made[split] = list(parse_manifest(files.read(place), place).shards[:count]) if count else []
     packed, image_bytes = before.get("packed", 0), before.get("image_bytes", 0)
     first: dict[str, str] = {}  # reason -> the first image that was rejected for it
     kept_lines = _lines_without(retry.numbers, dest) if retry else []

@@ -199,6 +199,21 @@ def test_what_failed_is_packed_into_further_shards(
     assert "nothing to retry" in capsys.readouterr().out
 
 
+def test_further_shards_overwrite_none(web: Web, tmp_path: Path) -> None:
+    """A shard of which nothing was left has no tar: there are fewer than the highest number says."""
+    lines = [url(web, f"late/{i}.png") for i in range(12)] + [url(web, "ok/99.png")]
+    src, dest, options = write_list(tmp_path / "list.csv", lines), tmp_path / "d", {"samples_per_shard": 1}
+    assert pack(src, dest, **options)["packed"] == 1
+    (before,) = dest.glob("*.tar")
+    content = before.read_bytes()
+    assert before.name != "shard-000000.tar"
+    web.late = True
+    assert pack(src, dest, retry_failed=True, **options)["packed"] == 13
+    assert before.read_bytes() == content and len(list(dest.glob("*.tar"))) == 13
+    manifest = load_manifest(dest / "manifest.json")
+    assert manifest.shards[0].path == before.name and len({shard.path for shard in manifest.shards}) == 13
+
+
 def test_a_port_that_accepts_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import aiohttp
 
