@@ -1,15 +1,12 @@
 """What a file is, its content says; whatever is computed from parts that it lacks is refused."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from conftest import REPOSITORY, cpu_environment
 
 import checkpoint
 import recipe as recipes
@@ -288,22 +285,3 @@ def test_another_normalisation_gives_other_features(run_folder: Path, shards_dir
         crops = CentralCrops(loaded.image_size, loaded.mean_std, batch_size=16, num_threads=1)
         features.append(knn.extract(loaded.part("backbone"), source, crops, limit=16)[0])
     assert not torch.allclose(features[0], features[1], atol=1e-3)
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("name", ["knn", "linear", "gallery", "export", "report", "curves", "embed"])
-def test_help_answers_before_anything_heavy_is_imported(name: str) -> None:
-    code = f"""
-import runpy, sys
-sys.argv = ["transfer.{name}", "--help"]
-try:
-    runpy.run_module("transfer.{name}", run_name="__main__")
-except SystemExit as ended:
-    heavy = {{"torch", "torchvision", "nvidia", "accelerate", "numba", "matplotlib"}} & set(sys.modules)
-    sys.exit(f"imported: {{heavy}}" if heavy or ended.code else 0)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage: python -m transfer" in done.stdout
