@@ -75,6 +75,8 @@ def load_plain(path: str | Path) -> Any:
             return safetensors.torch.load_file(path)
         if beginning[:2] == b"PK":
             with zipfile.ZipFile(path) as records:
+                if sum(record.file_size for record in records.infolist()) > 2 * path.stat().st_size:
+                    raise ValueError(f"{path} is refused: its records are compressed, which torch.save never does")
                 if (broken := records.testzip()) is not None:
                     raise ValueError(f"{path} is damaged: the checksum of {broken} differs")
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain values too, and common in such files
@@ -100,6 +102,9 @@ def parse_moco(content: Any, path: str | Path) -> MoCoFile:
     tensors = content.get("state_dict", content)
     tensors = tensors if isinstance(tensors, Mapping) else {}
     tensors = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():  # a few bytes with a stride of 0 would ask for an encoder of terabytes
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{path} is refused: {name} claims {list(tensor.shape)} numbers, and the file holds fewer")
     if other := _what_else(content, tensors):
         raise ValueError(f"{path} {other}")
     if not tensors:
@@ -117,11 +122,19 @@ def parse_moco(content: Any, path: str | Path) -> MoCoFile:
     if not arch.startswith("timm:"):
         arch, width, small_stem = _recognise(encoder, path, list(tensors))
     last = encoder.get("head.2.weight", encoder.get("head.weight"))
+    if last is not None and last.ndim != 2:
+        raise ValueError(f"{path} has a head of shape {list(last.shape)}, not [dim, features]")
     epoch = content.get("epoch", 0)
     rest = {_unwrap(name): tensor for name, tensor in tensors.items() if "queue" in name}
     optimizer = content.get("optimizer")
-    queue, pointer = rest.get("queue"), rest.get("queue_ptr", torch.zeros(1))
-    if queue is not None and (queue.ndim != 2 or pointer.numel() != 1 or not 0 <= int(pointer) < queue.shape[1]):
+    queue, pointer = rest.get("queue"), rest.get("queue_ptr", torch.zeros(1, dtype=torch.int64))
+    if queue is not None and not (
+        queue.ndim == 2
+        and queue.is_floating_point()
+        and pointer.numel() == 1
+        and pointer.dtype == torch.int64
+        and 0 <= pointer.item() < queue.shape[1]
+    ):
         raise ValueError(f"the queue of {path} is {list(queue.shape)} with pointer {pointer.tolist()}, not [dim, K]")
     return MoCoFile(
         path=str(path),
@@ -134,7 +147,7 @@ def parse_moco(content: Any, path: str | Path) -> MoCoFile:
         encoder=encoder,
         key_encoder={ours: tensors[name] for ours, name in key_names.items()},
         queue=queue,
-        queue_ptr=0 if queue is None else int(pointer),
+        queue_ptr=0 if queue is None else int(pointer.item()),
         optimizer=optimizer if isinstance(optimizer, Mapping) and optimizer.get("param_groups") else None,
         key_encoder_updated=content.get("key_encoder_updated") is True,
         names=names,

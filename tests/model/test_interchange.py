@@ -1,5 +1,6 @@
 """MoCo's released files: read in every layout that is about, written so that the reference's loader takes them."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,40 @@ def test_other_errors(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnext50_32x4d().state_dict(), tmp_path / "narrow.pth.tar")
     with pytest.raises(ValueError, match=r"\[3, 4, 6, 3\] blocks, 32 groups and first width 128"):
         read_moco(tmp_path / "narrow.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("module.encoder_q.conv1.weight", torch.zeros(1).expand(64 * 10**6, 3, 7, 7)),  # a few bytes in the file
+        ("module.encoder_q.fc.weight", torch.zeros(1).expand(10**9, 512)),
+        ("module.encoder_q.fc.weight", torch.tensor(1.0)),
+        ("module.encoder_q.conv1.weight", torch.tensor(1.0)),
+        ("module.encoder_q.layer1.0.conv2.weight", torch.zeros(64, 0, 3, 3)),
+        ("module.queue", torch.zeros(3)),
+        ("module.queue", torch.zeros(16, QUEUE, dtype=torch.complex64)),
+        ("module.queue_ptr", torch.tensor([QUEUE])),
+        ("module.queue_ptr", torch.tensor([float("nan")])),
+        ("module.queue_ptr", torch.zeros(0)),
+    ],
+)
+def test_strange_tensors_are_one_line_that_names_the_file(tmp_path: Path, name: str, value: Tensor) -> None:
+    torch.save({"epoch": "x", "arch": 3, "state_dict": whole() | {name: value}}, tmp_path / "odd.pth.tar")
+    assert (tmp_path / "odd.pth.tar").stat().st_size < 200e6
+    with pytest.raises(ValueError, match=r"^.*odd\.pth\.tar[^\n]*$"):
+        encoder_of(read_moco(tmp_path / "odd.pth.tar"))
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"encoder_q.conv1.weight": torch.zeros(1 << 20)}}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for record in plain.infolist():
+            bomb.writestr(record.filename, plain.read(record))
+    with pytest.raises(ValueError, match=r"bomb\.pth is refused: its records are compressed"):
+        read_moco(tmp_path / "bomb.pth")
 
 
 def test_reports_keys_that_do_not_fit() -> None:
