@@ -9,7 +9,6 @@ comes back short goes on where it ended. So a busy or flaky server costs time, n
 import contextlib
 import functools
 import inspect
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,12 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from pipeline.sources.http_range import Connections, Declined, write_at
+
 T = TypeVar("T")
 RANGE = 8 << 20  # bytes a request: at 100 ms of latency and 50 MB/s a connection, latency is a third of the time
 REQUESTS = 16  # at once in a process; 128 MiB of memory when all are in flight
+SIGNED_SECONDS = 3600  # how long the address of an object is good for
 TRIES = 8  # with the pauses below, a server may be away for half a minute
 ANONYMOUS = "anonymous+"
 WITHOUT_CREDENTIALS: dict[str, dict[str, Any]] = {
@@ -191,19 +193,21 @@ class Fetcher:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="range")
+        self._connections = Connections()
         self._stop = threading.Event()
 
     def fetch(self, url: str, size: int, descriptor: int) -> None:
         """Writes the first `size` bytes of the object to the file. OSError, ValueError or FileNotFoundError
         when that fails."""
-        starts = list(range(0, size, RANGE))
+        starts, address = list(range(0, size, RANGE)), _http_address(url)
         if starts and url.startswith("http"):
             # A server that knows no ranges answers with everything: the first answer tells, before the
             # others are asked for.
-            if self._range(url, 0, min(RANGE, size), size, descriptor):
+            if self._range(url, address, 0, min(RANGE, size), size, descriptor):
                 return
             del starts[0]
-        futures = [self._pool.submit(self._range, url, s, min(s + RANGE, size), size, descriptor) for s in starts]
+        ranges = [(start, min(start + RANGE, size)) for start in starts]
+        futures = [self._pool.submit(self._range, url, address, *each, size, descriptor) for each in ranges]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -217,39 +221,52 @@ class Fetcher:
                         future.exception()
             raise
 
-    def _range(self, url: str, start: int, end: int, size: int, descriptor: int) -> bool:
+    def _range(self, url: str, address: str, start: int, end: int, size: int, descriptor: int) -> bool:
         """Bytes [start, end) into the file; True when the server sent all of it instead."""
-        filesystem, path = file_system(url)
 
-        def request() -> bytes:
+        def request() -> int:
             if self._stop.is_set():
                 raise ValueError("closed")
+            if address:
+                with contextlib.suppress(Declined):
+                    return self._connections.read_range(address, start, end, size, descriptor)
+            filesystem, path = file_system(url)
             content = filesystem.cat_file(path, start=start, end=end)
             if not content:
                 raise OSError(f"no bytes came from {start:,} on, of {size:,}")
-            return content
+            is_all = len(content) > end - start
+            if is_all and len(content) != size:
+                return -len(content)
+            write_at(descriptor, memoryview(content), 0 if is_all else start)
+            return size if is_all else start + len(content)
 
         while start < end:
-            content = retry(url, request, self._stop)
-            if len(content) > end - start:
-                if len(content) != size:
-                    raise ValueError(
-                        f"{url}: {len(content):,} bytes came, {size:,} were expected: it was replaced, or the "
-                        f"server ignores ranges"
-                    )
-                _write(descriptor, content, 0)
+            reached = retry(url, request, self._stop)
+            if reached < 0:
+                raise ValueError(
+                    f"{url}: {-reached:,} bytes came, {size:,} were expected: it was replaced, or the server ignores "
+                    "ranges"
+                )
+            if reached == size > end:
                 return True
-            _write(descriptor, content, start)
-            start += len(content)
+            start = reached
         return False
 
     def close(self) -> None:
         self._stop.set()
+        self._connections.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(descriptor: int, content: bytes, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+def _http_address(url: str) -> str:
+    """Where plain HTTP reads the object, signed for an hour; "" where only fsspec can."""
+    protocol = url.removeprefix(ANONYMOUS).partition("://")[0]
+    if protocol in ("http", "https"):
+        return url.removeprefix(ANONYMOUS)
+    if protocol not in ("s3", "s3a"):
+        return ""
+    filesystem, path = file_system(url)
+    try:
+        return str(filesystem.url(path, expires=SIGNED_SECONDS, **filesystem.req_kw))
+    except Exception:  # no credentials and the like: fsspec says what is wrong, when it is asked for the object
+        return ""

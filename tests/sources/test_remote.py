@@ -20,6 +20,7 @@ from pipeline.reading.reader import Reader
 from pipeline.sources import remote
 from pipeline.sources.cache import FOLDER
 from pipeline.sources.check import Expected, check_shards, fresh_storage
+from pipeline.sources.http_range import Connections, Declined
 from pipeline.sources.index import read_index
 from pipeline.sources.manifest import Source, load_manifest
 from pipeline.sources.opening import open_source
@@ -165,6 +166,32 @@ def test_public_buckets(serve: Serve, shards_dir: Path, tmp_path: Path, monkeypa
         assert source.manifests[0].shards == local.manifests[0].shards
         assert source.names == ("data",)
     assert images(source, storage) == images(local, storage)
+    storage.close()
+
+
+@pytest.mark.parametrize("kind", ["http", "s3", "anonymous+s3", "refused"])
+def test_shards_come_over_plain_http(
+    serve: Serve, shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Those of S3 by a signed address; fsspec fetches them where that is not taken."""
+    url = kind.removesuffix("s3") + serve("s3", shards_dir) if "s3" in kind else serve("http", shards_dir)
+    taken, read_range = [], Connections.read_range
+
+    def counted(self: Connections, address: str, *arguments: int) -> int:
+        taken.append(address)
+        if kind == "refused":
+            raise Declined
+        return read_range(self, address, *arguments)
+
+    monkeypatch.setattr(Connections, "read_range", counted)
+    source, storage = open_source(url, cache_dir=str(tmp_path / "cache")), Storage(cache_dir=str(tmp_path / "cache"))
+    local = open_source(str(shards_dir))
+    if kind != "refused":
+        monkeypatch.setattr(type(remote.file_system(url)[0]), "cat_file", lambda *_, **__: pytest.fail("by fsspec"))
+        storage.read_bytes = lambda name: (shards_dir / name.rpartition("/")[2]).read_bytes()  # type: ignore[method-assign]
+    assert images(source, storage, prefetch=False) == images(local, Storage())
+    assert len(taken) == storage.fetches == len(local.manifests[0].shards)
+    assert all(("Signature=" in address) == (kind == "s3") for address in taken)
     storage.close()
 
 
