@@ -115,7 +115,7 @@ def test_what_a_document_names_exists(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_flags_in_prose_exist_somewhere(document: Path) -> None:
     known = {"help", "check"} | flags("train.py")
-    known |= {"signal", "cpu", "nnodes", "max_restarts", "num_processes", "multi_gpu"}  # the launchers' own
+    known |= {"signal", "nproc_per_node", "num_processes", "multi_gpu"}  # the launchers' own
     programs = [*COMMANDS, *(f"benchmarks/{path.name}" for path in (REPOSITORY / "benchmarks").glob("*.py"))]
     known |= frozenset().union(*map(flags, programs))
     spans = [span for span in inline(document.read_text()) if not PROGRAM.search(span)]
