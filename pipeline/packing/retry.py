@@ -32,9 +32,8 @@ def begun_retry(dest: str) -> Retry | None:
 
 
 def new_retry(dest: str, before: dict[str, Any]) -> Retry:
-    tars = [
-        re.fullmatch(r"shard-(\d+)\.tar", name) for name in files.names(files.join(dest, _split(before)).rstrip("/"))
-    ]
+    folder = files.join(dest, _split(before)).rstrip("/")
+    tars = [re.fullmatch(r"shard-(\d+)\.tar", name) for name in files.names(folder)]
     # After the highest number: shards of which nothing was left have left gaps.
     return Retry(failed_numbers(dest), before, 1 + max((int(tar[1]) for tar in tars if tar), default=-1))
 
