@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 
 from pipeline.command import add_cache_flags
 from pipeline.files import is_remote
@@ -15,6 +15,7 @@ from pipeline.files import is_remote
 RUN = "run folder or its URL, a checkpoint of a run, or a MoCo .pth.tar"
 SOURCE = "(folder of shards, URL, card)"
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
+Similarity = restricted_number_type("Similarity", float, [(">=", -1), ("<=", 1)])
 
 
 def knn() -> Namespace:
@@ -61,6 +62,73 @@ def linear() -> Namespace:
     add_precision_flag(parser, "the classifier is fp32")
     add("--seed", type=int, default=0, help="seed of the classifier's weights, of order and crops")
     add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
+def embed() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.embed",
+        description="Features of every image of a source as .npy and a table; the last line is one JSON object.",
+    )
+    add = parser.add_argument
+    add_encoder_flags(parser)
+    add("--data", type=str, required=True, help=f"source to embed {SOURCE}; labels are optional")
+    add("--output", type=on_this_machine, required=True, help="folder of the features, which all machines see")
+    add_features_flag(parser)
+    add(
+        "--views", type=NonNegativeInt, default=0, help="augmented views of each image to embed as well, as in training"
+    )
+    add(
+        "--resize",
+        type=PositiveInt | None,
+        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
+    )
+    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
+    add_precision_flag(parser, "features are always fp32")
+    add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add("--seed", type=int, default=0, help="decides the augmented views")
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
+def probe() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.probe",
+        description="kNN, few-label classifiers and effective ranks from folders of features; the last line is one "
+        "JSON object.",
+    )
+    add = parser.add_argument
+    add("--train", type=on_this_machine, required=True, help="folder of transfer.embed with the training images")
+    add("--val", type=on_this_machine, required=True, help="folder of transfer.embed with the images to classify")
+    add("--output", type=on_this_machine, help="folder of table and picture; VAL/probe when left out")
+    add("--k", type=list[PositiveInt], default=[1, 5, 10, 20, 50, 100, 200], help="numbers of neighbours for kNN")
+    add("--temperature", type=list[PositiveFloat], default=[0.02, 0.07, 0.1, 0.5], help="temperatures for kNN")
+    add("--shares", type=list[ClosedUnitInterval], default=[1.0, 0.1, 0.01], help="parts of the labels to learn from")
+    add("--shots", type=list[PositiveInt], default=[1, 5, 10], help="labelled images of each class to learn from")
+    add("--seeds", type=PositiveInt, default=5, help="draws of the few labels")
+    add("--cost", type=PositiveFloat, default=1.0, help="scikit-learn's C: the larger, the weaker the regularisation")
+    return parser.parse_args()
+
+
+def neighbours() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.neighbours",
+        description="Neighbours, near-duplicates and a map from a folder of features; the last line is one JSON "
+        "object.",
+    )
+    add = parser.add_argument
+    add("--features", type=on_this_machine, required=True, help="folder of transfer.embed")
+    add("--images", type=Path, nargs="+", default=[], help="image files whose neighbours are looked for")
+    add("--rows", type=NonNegativeInt, nargs="+", default=[], help="rows of the folder, from 0, likewise")
+    add("--neighbours", type=PositiveInt, default=8, help="how many of each")
+    add("--duplicates_above", type=Similarity | None, help="list pairs of at least this cosine similarity, -1 to 1")
+    add(
+        "--val", type=on_this_machine, help="a second folder of transfer.embed: pairs between the two instead of within"
+    )
+    add("--output", type=on_this_machine, help="folder of lists and pictures; FEATURES/neighbours when left out")
+    add("--data", type=str | None, help="source of the folder's pictures, if it has moved since")
+    add("--run", type=str | None, help="run or checkpoint that the features are of, if it has moved or gone on since")
     add_cache_flags(parser)
     return parser.parse_args()
 
@@ -122,9 +190,10 @@ def curves() -> Namespace:
     return parser.parse_args()
 
 
-def on_this_machine(text: str) -> Path:
-    """The type of a flag for a folder that cannot be at a URL, whose Path would be a local folder named `s3:`."""
-    if is_remote(text):
+def on_this_machine(text: str | Path) -> Path:
+    """The type of a flag for a folder that cannot be at a URL, whose Path would be a local folder named `s3:`. The
+    parser calls it again with what it returned."""
+    if isinstance(text, str) and is_remote(text):
         raise ArgumentTypeError(f"{text} is a URL: this command needs a local folder here")
     return Path(text)
 

@@ -24,7 +24,7 @@ def rankme(features: Floats) -> float:
     """RankMe (Garrido et al. 2023, equations 1 and 2) of features [N, D], not normalised and not centred; read in
     chunks. It depends on N: compare figures of as many images."""
     second_moment = np.zeros((features.shape[1],) * 2)
-    for part in _chunks(features):
+    for part in chunks(features):
         second_moment += part.T @ part
     return rank_of_spectrum(_singular_values(second_moment, len(features)))
 
@@ -56,7 +56,7 @@ def lidar(views: Floats) -> float:
 
     within = np.zeros((dimensions, dimensions))
     between, total = np.zeros_like(within), np.zeros(dimensions)
-    for part in _chunks(views):
+    for part in chunks(views):
         means = part.mean(axis=1)  # [n, D]
         apart = (part - means[:, None]).reshape(-1, dimensions)
         within += apart.T @ apart
@@ -76,7 +76,7 @@ def rank_of_spectrum(values: Doubles) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def _chunks(x: Floats) -> Iterator[Doubles]:
+def chunks(x: Floats) -> Iterator[Doubles]:
     rows = max(1, CHUNK_FLOATS // int(np.prod(x.shape[1:])))
     for low in range(0, len(x), rows):
         yield x[low : low + rows].astype(np.float64)

@@ -1,5 +1,4 @@
-"""Images through an encoder, batch by batch: kNN, the linear protocol, the monitor, the gallery and
-`embed` share this."""
+"""Images through an encoder, batch by batch: kNN, linear protocol, monitor, gallery and `embed` have this alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -7,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.labelled import NOT_AUGMENTED, Augmented, augmented_batches
-from pipeline.pixels.views import MeanStd
+from pipeline.labelled import NOT_AUGMENTED, Augmented
 from pipeline.sources.manifest import Source
-from transfer.load import default_resize
+from transfer.load import CentralCrops
 
 
 class FeatureBatch(NamedTuple):
@@ -26,39 +24,19 @@ class FeatureBatch(NamedTuple):
 def feature_batches(
     embed: Callable[[Tensor], Tensor],
     source: Source,
+    crops: CentralCrops,
     *,
-    image_size: int,
-    mean_std: MeanStd,
-    resize: int | None = None,
-    batch_size: int = 256,
-    rank: int = 0,
-    world_size: int = 1,
-    device: str | torch.device = "cpu",
-    num_threads: int | None = None,
     ranges: Sequence[range] | None = None,
     augmented: Augmented = NOT_AUGMENTED,
 ) -> Iterator[FeatureBatch]:
-    """This rank's part of `source`, in the order of the ids; bad samples are left out.
+    """This rank's part of `source`, or `ranges` of its ids, in their order; bad samples are left out.
 
-    embed: images fp32 [b, 3, S, S] on `device` -> [b, D]. The other arguments are those of `augmented_batches`.
+    embed: images fp32 [b, 3, S, S] on the ranks' device -> [b, D].
     """
-    batches = augmented_batches(
-        source,
-        augmented,
-        image_size=image_size,
-        resize=default_resize(image_size) if resize is None else resize,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        device=str(device),
-        dtype=torch.float32,
-        num_threads=num_threads,
-        mean_std=mean_std,
-        ranges=ranges,
-    )
-    for batch, others in batches:
+    for batch, views in crops.batches(source, ranges=ranges, augmented=augmented):
         with torch.no_grad():  # not around the yield: the caller may train a classifier there
             features = embed(batch.images).float()
-            views = [embed(view).float() for view in others]
-            stacked = torch.stack(views, dim=1) if views else features.new_empty(len(features), 0, features.shape[1])
+            of_views = [embed(view).float() for view in views]
+            none = features.new_empty(len(features), 0, features.shape[1])
+            stacked = torch.stack(of_views, dim=1) if of_views else none
         yield FeatureBatch(features, batch.labels, batch.sample_ids, stacked)

@@ -20,7 +20,7 @@ from pipeline.sources.storage import Storage, storage_for
 from trainer.joining import Ranks, all_ranks_agree, control_group, gather_objects
 from transfer.embedding import ABOUT, Part, assemble, part_path, save_part, shard_name
 from transfer.extraction import FeatureBatch, feature_batches
-from transfer.load import LoadedEncoder, default_resize, weights_hash
+from transfer.load import CentralCrops, LoadedEncoder, default_resize, weights_hash
 
 SMALLEST_PART, LARGEST_PART = 256, 16_384  # images
 PARTS = 1024  # of a source between these: a kill costs little, and a folder of so many files is no burden
@@ -79,12 +79,7 @@ def embed_source(
     batches = feature_batches(
         embed,
         source,
-        image_size=size,
-        mean_std=loaded.mean_std,
-        resize=resize,
-        batch_size=batch_size,
-        device=device,
-        num_threads=num_threads,
+        CentralCrops(size, loaded.mean_std, resize, batch_size, num_threads, ranks),
         ranges=[ranges[n] for n in mine],
         augmented=Augmented(views, r.views, r.crop_min, seed),
     )

@@ -37,6 +37,7 @@ from pipeline.sources.manifest import Source, shared_samples
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
 from transfer.arguments import encoder_arguments
+from transfer.extraction import feature_batches
 from transfer.load import CentralCrops, load_encoder
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
@@ -66,9 +67,9 @@ def extract(
     labels = torch.empty(capacity, dtype=torch.int64)
     sample_ids = torch.empty(capacity, dtype=torch.int64)
     n = 0
-    with torch.no_grad(), Progress(progress if rank == 0 else "", capacity) as shown:
-        for batch in crops.batches(source):
-            y = F.normalize(embed(batch.images).float(), dim=1)[: capacity - n]  # [b, D]
+    with Progress(progress if rank == 0 else "", capacity) as shown:
+        for batch in feature_batches(embed, source, crops):
+            y = F.normalize(batch.features, dim=1)[: capacity - n]  # [b, D]
             if features is None:
                 features = torch.empty(capacity, y.shape[1])
             m = n + len(y)

@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ from trainer.build import lock_run_folder
 from trainer.joining import Ranks, joined
 from trainer.mirror import Mirror, local_folder
 from transfer.arguments import encoder_arguments
+from transfer.extraction import FeatureBatch, feature_batches
 from transfer.knn import check_classes, warn_of_overlap
 from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
 
@@ -110,11 +111,11 @@ def train_epoch(
 
 
 @torch.no_grad()
-def validate(heads: Heads, embed: Callable[[Tensor], Tensor], batches: Any, device: torch.device) -> Tensor:
+def validate(heads: Heads, batches: Iterable[FeatureBatch], device: torch.device) -> Tensor:
     """Counts over this rank's part, int64 [L, 3]: right at once, among the first five, images."""
     counts = torch.zeros(len(heads.layers), 3, dtype=torch.int64, device=device)
     for batch in batches:
-        logits = heads(embed(batch.images).float())  # [L, n, C]
+        logits = heads(batch.features)  # [L, n, C]
         best = logits.topk(min(5, logits.shape[2]), dim=2).indices  # [L, n, 5]
         hits = best == batch.labels[:, None]
         seen = torch.full((len(logits),), len(batch.labels), device=device)
@@ -201,7 +202,7 @@ def linear(
         label = f"epoch {epoch + 1}/{epochs}" if progress and rank == 0 else ""
         with Progress(label, train.samples) as shown:
             fitted = train_epoch(model, optimizer, embed, batches, steps, lambda n: shown.advance(n * world_size))
-        counts = validate(heads, embed, crops.batches(val), device)
+        counts = validate(heads, feature_batches(embed, val, crops), device)
         if world_size > 1:
             dist.all_reduce(fitted)
             dist.all_reduce(counts)

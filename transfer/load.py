@@ -2,7 +2,7 @@
 its CIFAR-10 demo."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import recipe as recipes
 from model import interchange
 from model.encoders import Encoder, build_encoder, check_image_size
 from model.interchange import MoCoFile
-from pipeline.labelled import LabelledBatch, eval_batches
+from pipeline.labelled import NOT_AUGMENTED, Augmented, LabelledBatch, augmented_batches
 from pipeline.pixels import views
 from pipeline.pixels.views import MeanStd
 from pipeline.sources.manifest import Source
@@ -38,10 +38,14 @@ class CentralCrops:
     num_threads: int | None = None
     ranks: Ranks = ALONE
 
-    def batches(self, source: Source) -> Iterator[LabelledBatch]:
-        """This rank's part of `source`: images fp32 [n, 3, image_size, image_size] on the device, labels, ids."""
-        return eval_batches(
+    def batches(
+        self, source: Source, *, ranges: Sequence[range] | None = None, augmented: Augmented = NOT_AUGMENTED
+    ) -> Iterator[tuple[LabelledBatch, tuple[torch.Tensor, ...]]]:
+        """This rank's part of `source`: images fp32 [n, 3, image_size, image_size] on the device, labels, ids; and
+        their augmented views. `ranges` and `augmented` as in `augmented_batches`."""
+        return augmented_batches(
             source,
+            augmented,
             image_size=self.image_size,
             resize=default_resize(self.image_size) if self.resize is None else self.resize,
             batch_size=self.batch_size,
@@ -50,6 +54,7 @@ class CentralCrops:
             world_size=self.ranks.world_size,
             device=str(self.ranks.device),
             num_threads=self.num_threads,
+            ranges=ranges,
         )
 
 

@@ -10,50 +10,31 @@
 The same rows go into probe.md, probe.csv and probe.json, and a picture of them into probe.png.
 """
 
+from transfer import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.probe()  # before the imports that take seconds
+
 import csv
+import functools
 import io
 import json
 import sys
 import time
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+import torch
+from jsonargparse import Namespace
 
 from pipeline.command import command
-from transfer.arguments import on_this_machine
+from pipeline.files import write_atomically
+from transfer.effective_rank import lidar, rankme
+from transfer.embedding import Embedding, open_embedding
+from transfer.probe_picture import draw_probe
+from transfer.probing import knn_rows, logistic_rows, row, svm_rows
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(
-        prog="python -m transfer.probe",
-        description="kNN, few-label classifiers and effective ranks from folders of features; the last line is one "
-        "JSON object.",
-    )
-    add = parser.add_argument
-    add("--train", type=on_this_machine, required=True, help="folder of transfer.embed with the training images")
-    add("--val", type=on_this_machine, required=True, help="folder of transfer.embed with the images to classify")
-    add("--output", type=on_this_machine, help="folder of table and picture; VAL/probe when left out")
-    add("--k", type=list[PositiveInt], default=[1, 5, 10, 20, 50, 100, 200], help="numbers of neighbours for kNN")
-    add("--temperature", type=list[PositiveFloat], default=[0.02, 0.07, 0.1, 0.5], help="temperatures for kNN")
-    add("--shares", type=list[ClosedUnitInterval], default=[1.0, 0.1, 0.01], help="parts of the labels to learn from")
-    add("--shots", type=list[PositiveInt], default=[1, 5, 10], help="labelled images of each class to learn from")
-    add("--seeds", type=PositiveInt, default=5, help="draws of the few labels")
-    add("--cost", type=PositiveFloat, default=1.0, help="scikit-learn's C: the larger, the weaker the regularisation")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
-    # Not before: torch and scikit-learn take seconds, and --help and a mistyped flag answer at once.
-    import torch
-
-    from pipeline.files import write_atomically
-    from transfer.effective_rank import lidar, rankme
-    from transfer.embedding import open_embedding
-    from transfer.probe_picture import draw_probe
-    from transfer.probing import knn_rows, logistic_rows, row, svm_rows
-
+def main(args: Namespace) -> None:
     started = time.monotonic()
     train, val = open_embedding(args.train), open_embedding(args.val)
     check_pair(train, val)
@@ -88,8 +69,8 @@ def main() -> None:
     print(json.dumps(result | about | {"output": str(output), "seconds": round(time.monotonic() - started, 1)}))
 
 
-def check_pair(train: Any, val: Any) -> None:
-    """ValueError when the two folders (Embedding) cannot be compared: other encoder or pixels, other classes, labels
+def check_pair(train: Embedding, val: Embedding) -> None:
+    """ValueError when the two folders cannot be compared: other encoder or pixels, other classes, labels
     missing."""
     names = ("encoder", "features", "image_size", "resize", "mean_std", "precision", "classes")
     if differ := [name for name in names if train.about.get(name) != val.about.get(name)]:
@@ -133,4 +114,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(functools.partial(main, ARGUMENTS))

@@ -25,9 +25,12 @@ from recipe import Recipe
 
 COMMANDS = (
     "pipeline.loader", "pipeline.manifest", "pipeline.order", "pipeline.preview", "transfer.embed", "transfer.gallery",
-    "transfer.knn", "transfer.linear", "transfer.report",
+    "transfer.knn", "transfer.linear", "transfer.neighbours", "transfer.report",
 )  # fmt: skip
-OPENED_BY = {"trainer/build.py": "the recipe has both as fields"}
+OPENED_BY = {
+    "trainer/build.py": "the recipe has both as fields",
+    "transfer/pictures.py": "a tar in a temporary folder, which is its cache",
+}
 SMALL: dict[str, Any] = {"image_size": 32, "batch_size": 10, "num_threads": 1}
 
 READERS: dict[str, Callable[[Source], object]] = {

@@ -207,7 +207,7 @@ def test_command_and_ranks(run_folder: Path, shards_dir: Path, tmp_path: Path, r
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["embed", "probe"])
+@pytest.mark.parametrize("name", ["embed", "probe", "neighbours"])
 def test_help_does_not_import_torch(name: str) -> None:
     script = f"""
 import runpy, sys

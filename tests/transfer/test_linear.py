@@ -26,6 +26,7 @@ from pipeline.sources.opening import open_source
 from recipe import Recipe
 from trainer.joining import Ranks
 from transfer import linear
+from transfer.extraction import FeatureBatch
 from transfer.load import LoadedEncoder
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -146,8 +147,9 @@ def test_top_5_against_numpy() -> None:
     for layer in heads.layers:
         torch.nn.init.normal_(layer.get_parameter("weight"))
     features, labels = torch.randn(50, 4), torch.randint(9, (50,))
-    batches = [type("Batch", (), {"images": features[i : i + 20], "labels": labels[i : i + 20]}) for i in (0, 20, 40)]
-    counts = linear.validate(heads, lambda x: x, batches, torch.device("cpu"))
+    parts = [slice(i, i + 20) for i in (0, 20, 40)]
+    batches = [FeatureBatch(features[part], labels[part], torch.arange(50)[part], features[:0]) for part in parts]
+    counts = linear.validate(heads, batches, torch.device("cpu"))
     for layer, row in zip(heads.layers, counts.tolist()):
         order = np.argsort(-(features @ layer.get_parameter("weight").T).detach().numpy(), axis=1)
         hits = order == labels.numpy()[:, None]

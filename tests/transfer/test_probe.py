@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from transfer import arguments as arguments_of
 from transfer import probe, probing
 from transfer.embedding import open_embedding
 from transfer.subsets import share_of_each_class, shots
@@ -105,7 +106,7 @@ def test_svm_on_lists_of_labels(tmp_path: Path) -> None:
 
 def run_probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", ["probe", *map(str, arguments)])
-    probe.main()
+    probe.main(arguments_of.probe())
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
 
 
