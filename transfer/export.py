@@ -95,7 +95,7 @@ def export(
     read = [path for path in (Path(run), *Path(run).glob("checkpoints/*")) if path.exists()]
     if (place.exists() and any(map(place.samefile, read))) or str(output).startswith(files.join(run, "checkpoints/")):
         raise ValueError(f"--output {output} is what the encoder is read from: name another file")
-    loaded = load_encoder(run)
+    loaded = load_encoder(run, feeds_images=False)
     print(f"note: {output}: {what_it_fits(loaded.recipe, format)}", file=sys.stderr)
     files.make_folder_of(str(output))
     if format == "torchvision":

@@ -87,14 +87,19 @@ def default_resize(image_size: int) -> int:
 
 
 def load_encoder(
-    run: str | Path, *, untrained: bool = False, image_size: int | None = None, mean_std: MeanStd | None = None
+    run: str | Path,
+    *,
+    untrained: bool = False,
+    image_size: int | None = None,
+    mean_std: MeanStd | None = None,
+    feeds_images: bool = True,
 ) -> LoadedEncoder:
     """Reads the query encoder of `run`: a run folder or its URL (its newest good checkpoint), one checkpoint of a run
     wherever it lies, or a MoCo `.pth.tar`. What a file is, its content says.
 
     untrained: the same architecture as it was initialised, the baseline that training has to beat; a run folder needs
     no checkpoint then. image_size, mean_std: instead of the recipe's, or of those that are usual for a MoCo file, which
-    says nothing of them.
+    says nothing of them: what is taken is said, but for a caller that feeds no images.
     Raises FileNotFoundError when there is no such run or no checkpoint in it, ValueError when it cannot be read.
     """
     path = Path(bring(str(run)))
@@ -103,7 +108,10 @@ def load_encoder(
         if not (isinstance(content, dict) and content.keys() >= {"encoder", "step"}):
             if untrained:
                 raise ValueError(f"--untrained needs a run folder with its recipe, {path} is a bare checkpoint")
-            return _of_moco_file(interchange.parse_moco(content, path), image_size, mean_std)
+            loaded = _of_moco_file(interchange.parse_moco(content, path), image_size, mean_std)
+            if feeds_images and (image_size is None or mean_std is None):
+                _say_what_is_usual(loaded, image_size is None, mean_std is None)
+            return loaded
         return _of_run(_recipe_of(path, content), str(run), None if untrained else content, path, image_size, mean_std)
     if not (path / "recipe.yaml").is_file():
         raise FileNotFoundError(
@@ -177,9 +185,11 @@ def _of_moco_file(file: MoCoFile, image_size: int | None, mean_std: MeanStd | No
     if file.small_stem:
         r = replace(r, views="cifar", image_size=32)
     size, normalised = image_size or r.image_size, mean_std or views.mean_std(r.views)
-    if image_size is None or mean_std is None:
-        usual = "CIFAR-10's" if file.small_stem else "ImageNet's"
-        missing = [f"{size} pixels (--image_size)"] if image_size is None else []
-        missing += [f"{usual} mean and std (--mean --std)"] if mean_std is None else []
-        print(f"note: {file.path} does not say how its images were fed; taken: {', '.join(missing)}", file=sys.stderr)
     return LoadedEncoder(encoder.eval(), r, size, normalised, file.path, has_head=file.has_head, is_run=False)
+
+
+def _say_what_is_usual(loaded: LoadedEncoder, size: bool, normalisation: bool) -> None:
+    usual = "CIFAR-10's" if loaded.recipe.small_stem else "ImageNet's"
+    taken = [f"{loaded.image_size} pixels (--image_size)"] if size else []
+    taken += [f"{usual} mean and std (--mean --std)"] if normalisation else []
+    print(f"note: {loaded.name} does not say how its images were fed; taken: {', '.join(taken)}", file=sys.stderr)
