@@ -6,7 +6,6 @@ What is accepted here is what training accepts, and pixels that are encoded agai
 import functools
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -27,6 +26,7 @@ from pipeline.pixels.formats import sniff
 from pipeline.pixels.screen import inspect
 
 KEPT = ("png", "webp")  # formats that a shrunken image is written in again unless `convert`; the others become PNG
+LARGEST_PROFILE = 16_384  # bytes; a camera's or a screen's has 500 to 10,000
 SAVED_AS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -55,7 +55,8 @@ def prepare(data: bytes, name: str, options: Options, remark: Remark = ignore) -
 
     Raises Rejected when it is not an image, is damaged, too large or too small. Without verification only damage is
     let through: a list may name any file, and a few bytes may announce gigabytes of pixels, as their header tells. An
-    image that has to be encoded again comes out upright, in sRGB, without metadata.
+    image that has to be encoded again comes out upright, without metadata but its colour profile: training looks at
+    the numbers alone, so these stay.
     """
     extension = sniff(data)
     encoded = np.frombuffer(data, np.uint8)
@@ -87,19 +88,17 @@ def _encode_again(
         small = _shrink_jpeg(data, image, options) if usual and extension == "jpg" and image.mode == "RGB" else None
         pixels = plain(image, remark) if small is None else Image.fromarray(small)
         turn = orientation(image)
-        profile = _profile(image.info.get("icc_profile"), pixels.mode)
-        if small is not None and profile is None and turn == 1:
+        profile = b"" if image.mode == "CMYK" else _profile(image.info.get("icc_profile"))
+        if small is not None and not profile and turn == 1:
             import simplejpeg  # type: ignore[import-untyped]
 
             return bytes(simplejpeg.encode_jpeg(small, quality=options.quality, colorsubsampling="420")), "jpg"
         if small is None and (size := _shrunken(pixels.size, options)) != pixels.size:
             pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-        if profile is not None:
-            pixels = ImageCms.applyTransform(pixels, profile) or pixels
         pixels = upright(pixels.convert("RGB") if pixels.mode == "CMYK" else pixels, turn)
     buffer = io.BytesIO()
     try:
-        pixels.save(buffer, SAVED_AS[kind], quality=options.quality)
+        pixels.save(buffer, SAVED_AS[kind], quality=options.quality, icc_profile=profile)
     except (OSError, ValueError) as error:
         raise Rejected(f"does not fit a {SAVED_AS[kind]} file", f"{pixels.width}x{pixels.height}: {error}") from None
     return buffer.getvalue(), kind
@@ -137,14 +136,13 @@ def _shrink_jpeg(data: bytes, image: Image.Image, options: Options) -> np.ndarra
 
 
 @functools.lru_cache(64)
-def _profile(icc: bytes | None, mode: str) -> Any:
-    """The transform from an embedded colour profile to sRGB; None when there is no use for one."""
-    if not icc or mode not in ("RGB", "CMYK"):
-        return None
+def _profile(icc: bytes | None) -> bytes:
+    """The colour profile when a viewer needs it; empty when the numbers are sRGB as they are, when it is broken, and
+    when it is one of the large ones for printing."""
+    if not icc or len(icc) > LARGEST_PROFILE:
+        return b""
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        if "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return None
-        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+        description = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(icc)))
     except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile is no reason to lose the image
-        return None
+        return b""
+    return b"" if "srgb" in description.lower() else icc
