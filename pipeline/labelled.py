@@ -14,7 +14,7 @@ from pipeline.loader import usual_threads
 from pipeline.pixels import views
 from pipeline.pixels.graph import Graph, lend
 from pipeline.pixels.views import MeanStd
-from pipeline.reading.ahead import Decoding, Item, ShardsAhead, any_remote, prefetch_shards
+from pipeline.reading.ahead import Decoding, EncodedBatch, ShardsAhead, any_remote, prefetch_shards
 from pipeline.reading.order import Order, draw_of_ids, make_order
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
@@ -115,7 +115,7 @@ def augmented_batches(
     remote = any_remote(source)
     first = np.cumsum([0] + [len(manifest.shards) for manifest in source.manifests])  # of each manifest, in `shards`
 
-    def with_view(samples: Samples) -> Item:
+    def with_view(samples: Samples) -> EncodedBatch:
         rows = [views.center_crops(samples.heights, samples.widths, image_size=image_size, resize=resize)]
         sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
         for view in range(augmented.number):
@@ -123,9 +123,9 @@ def augmented_batches(
             keys |= {"seed": augmented.seed, "crop_min": augmented.crop_min}
             rows.append(views.sample_views(augmented.recipe, **keys, **sizes))
         lent = lend(samples.encoded, rows, image_size=image_size, device=device)
-        return Item(samples, lent, reader.labels(samples.draw))
+        return EncodedBatch(samples, lent, reader.labels(samples.draw))
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedBatch]:
         reached = -1
         for low, end in ((low, ids.stop) for ids in ranges for low in range(ids.start, ids.stop, batch_size)):
             draw = draw_of_ids(source, np.arange(low, min(low + batch_size, end), dtype=np.int64))
@@ -137,7 +137,7 @@ def augmented_batches(
             if len(samples.encoded):
                 yield with_view(samples)
 
-    def decode_with_pillow(item: Item) -> Item:
+    def decode_with_pillow(item: EncodedBatch) -> EncodedBatch:
         return with_view(reader.decode_with_pillow(item.samples, replace=False))
 
     try:
@@ -188,15 +188,15 @@ def train_batches(
     order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
     ahead = ShardsAhead(source, storage, order, rank, world_size)
 
-    def with_view(samples: Samples) -> Item:
+    def with_view(samples: Samples) -> EncodedBatch:
         draw = samples.draw
         keys: dict[str, Any] = {"seed": seed, "epochs": draw.epochs, "sample_ids": draw.sample_ids, "view": 0}
         sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
         rows = views.sample_crops(**keys, **sizes, crop_min=CROP_MIN)
         lent = lend(samples.encoded, [rows], image_size=image_size, device=device)
-        return Item(samples, lent, reader.labels(draw))
+        return EncodedBatch(samples, lent, reader.labels(draw))
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[EncodedBatch]:
         step = start
         while True:
             epoch, within = divmod(step, batches_per_epoch(order))
@@ -208,7 +208,7 @@ def train_batches(
             yield with_view(reader.read(draw))
             step += 1
 
-    def decode_with_pillow(item: Item) -> Item:
+    def decode_with_pillow(item: EncodedBatch) -> EncodedBatch:
         return with_view(reader.decode_with_pillow(item.samples))
 
     share = batch_size // world_size
@@ -237,8 +237,8 @@ def read_labels(source: Source, *, rank: int = 0, world_size: int = 1) -> Iterat
 
 
 def _decoded(
-    items: Iterator[Item],
-    decode_with_pillow: Callable[[Item], Item],
+    items: Iterator[EncodedBatch],
+    decode_with_pillow: Callable[[EncodedBatch], EncodedBatch],
     reader: Reader,
     storage: Storage,
     batch_size: int,

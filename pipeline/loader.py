@@ -49,7 +49,7 @@ if __name__ == "__main__":
 import torch
 
 from pipeline.pixels.graph import Graph, lend
-from pipeline.reading.ahead import Decoding, Item, ShardsAhead
+from pipeline.reading.ahead import Decoding, EncodedBatch, ShardsAhead
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
@@ -135,7 +135,7 @@ class Loader:
         ids = torch.from_numpy(item.samples.draw.sample_ids).to(self.device, non_blocking=True)
         return Batch(query, key, ids)
 
-    def _items(self, step: int) -> Iterator[Item]:
+    def _items(self, step: int) -> Iterator[EncodedBatch]:
         while True:
             epoch, within = divmod(step, self.steps_per_epoch)
             self._shards_ahead.reach(epoch, within)
@@ -143,7 +143,7 @@ class Loader:
             yield self._with_views(self._reader.read(draw))
             step += 1
 
-    def _with_views(self, samples: Samples) -> Item:
+    def _with_views(self, samples: Samples) -> EncodedBatch:
         started = time.perf_counter()
         rows = [
             view_parameters.sample_views(
@@ -159,11 +159,11 @@ class Loader:
             )
             for view in range(2)
         ]
-        item = Item(samples, lend(samples.encoded, rows, image_size=self.image_size, device=self.device))
+        item = EncodedBatch(samples, lend(samples.encoded, rows, image_size=self.image_size, device=self.device))
         self._views_seconds += time.perf_counter() - started
         return item
 
-    def _decode_with_pillow(self, item: Item) -> Item:
+    def _decode_with_pillow(self, item: EncodedBatch) -> EncodedBatch:
         return self._with_views(self._reader.decode_with_pillow(item.samples))
 
     def _make_graph(self, feed: Any) -> Graph:
@@ -181,16 +181,6 @@ class Loader:
             mean=mean,
             std=std,
         )
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the batch last taken."""
-        return max(0, self._consumed - 1) // self.steps_per_epoch
-
-    @property
-    def step(self) -> int:
-        """Step within its epoch of the batch last taken; -1 before the first."""
-        return (self._consumed - 1) % self.steps_per_epoch if self._consumed else -1
 
     def state_dict(self) -> dict[str, Any]:
         """Where the batch last taken leaves the run: the same for every rank and world size; JSON will do."""

@@ -1,7 +1,7 @@
 """The parameters of every view: pure arithmetic from (seed, epoch, sample id, view), no pixels.
 
 A view is one float32 row of `COLUMNS`; graph.py turns an image and a row into pixels. The generator is counter-based
-(SplitMix64's finaliser over key and field number): a row does not depend on the rank, the batch, or earlier draws.
+(SplitMix64's finaliser over key and the draw's number): a row does not depend on the rank, the batch, or earlier draws.
 Recipes: He et al. 2020 (v1), Chen et al. 2020 (v2) and the reference CIFAR-10 demo, as their published code draws.
 """
 
@@ -35,6 +35,13 @@ CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10  # of RandomResizedCrop, before it takes the central crop
 
+# What each number of a view's stream decides. A number keeps its meaning: else a run that continues sees other views.
+DRAWS = 40
+AREA_DRAWS, RATIO_DRAWS = slice(0, ATTEMPTS), slice(ATTEMPTS, 2 * ATTEMPTS)
+TOP_DRAW, LEFT_DRAW, FLIP_DRAW = 20, 21, 22
+JITTER_DRAW, ORDER_DRAW, BRIGHTNESS_DRAW, CONTRAST_DRAW, SATURATION_DRAW, HUE_DRAW = range(30, 36)
+GREY_DRAW, BLUR_DRAW, SIGMA_DRAW = 36, 37, 38
+
 Triple = tuple[float, float, float]
 MeanStd = tuple[Triple, Triple]  # of channels in [0, 1]
 Ints = NDArray[np.int64] | Sequence[int]
@@ -67,15 +74,16 @@ def sample_views(
         raise ValueError(f"no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     uniform = _uniforms(seed, epochs, sample_ids, view)
     rows = _resized_crops(uniform, heights, widths, image_size, crop_min)
-    jitter = np.ones(len(rows), bool) if recipe == "v1" else uniform[:, 30] < 0.8
+    jitter = np.ones(len(rows), bool) if recipe == "v1" else uniform[:, JITTER_DRAW] < 0.8
     hue = 0.4 if recipe == "v1" else 0.1
-    rows[:, ORDER] = np.where(jitter, np.floor(uniform[:, 31] * len(ORDERS)), -1)
-    for column, field in ((BRIGHTNESS, 32), (CONTRAST, 33), (SATURATION, 34)):
-        rows[:, column] = np.where(jitter, 0.6 + 0.8 * uniform[:, field], 1)
-    rows[:, HUE] = np.where(jitter, hue * (2 * uniform[:, 35] - 1), 0)
-    rows[:, GREY_BEFORE if recipe == "v1" else GREY_AFTER] = uniform[:, 36] < 0.2
+    rows[:, ORDER] = np.where(jitter, np.floor(uniform[:, ORDER_DRAW] * len(ORDERS)), -1)
+    strengths = {BRIGHTNESS: BRIGHTNESS_DRAW, CONTRAST: CONTRAST_DRAW, SATURATION: SATURATION_DRAW}
+    for column, draw in strengths.items():
+        rows[:, column] = np.where(jitter, 0.6 + 0.8 * uniform[:, draw], 1)
+    rows[:, HUE] = np.where(jitter, hue * (2 * uniform[:, HUE_DRAW] - 1), 0)
+    rows[:, GREY_BEFORE if recipe == "v1" else GREY_AFTER] = uniform[:, GREY_DRAW] < 0.2
     if recipe == "v2":
-        rows[:, BLUR] = np.where(uniform[:, 37] < 0.5, 0.1 + 1.9 * uniform[:, 38], 0)
+        rows[:, BLUR] = np.where(uniform[:, BLUR_DRAW] < 0.5, 0.1 + 1.9 * uniform[:, SIGMA_DRAW], 0)
     return rows
 
 
@@ -128,13 +136,13 @@ def describe(row: Views) -> str:
     return "\n".join(lines)
 
 
-def _uniforms(seed: int, epochs: Ints, sample_ids: Ints, view: int, fields: int = 40) -> NDArray[np.float64]:
-    """[n, fields] uniform in [0, 1), a function of the key and the field's number alone."""
+def _uniforms(seed: int, epochs: Ints, sample_ids: Ints, view: int) -> NDArray[np.float64]:
+    """[n, DRAWS] uniform in [0, 1), a function of the key and the draw's number alone."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     key = np.full(len(sample_ids), seed & 0xFFFFFFFFFFFFFFFF, np.uint64)
     for part in (np.asarray(epochs), np.asarray(sample_ids), np.full(len(sample_ids), view)):
         key = mix(key * golden + part.astype(np.int64).view(np.uint64) + golden)
-    bits = mix(key[:, None] + np.arange(1, fields + 1, dtype=np.uint64) * golden)
+    bits = mix(key[:, None] + np.arange(1, DRAWS + 1, dtype=np.uint64) * golden)
     return np.multiply(bits >> np.uint64(11), 2.0**-53, dtype=np.float64)
 
 
@@ -150,19 +158,19 @@ def _plain_rows(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Views:
 def _resized_crops(
     uniform: NDArray[np.float64], heights: Ints, widths: Ints, image_size: int, crop_min: float
 ) -> Views:
-    """torchvision's RandomResizedCrop.get_params, vectorised, and the flip: fields 0 to 22."""
+    """torchvision's RandomResizedCrop.get_params, vectorised, and the flip."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     n = len(heights)
     # All ten attempts of all samples at once; each sample takes the first that fits.
-    area = (heights * widths)[:, None] * (crop_min + (1 - crop_min) * uniform[:, 0:ATTEMPTS])
+    area = (heights * widths)[:, None] * (crop_min + (1 - crop_min) * uniform[:, AREA_DRAWS])
     log_low, log_high = np.log(RATIO)
-    ratio = np.exp(log_low + (log_high - log_low) * uniform[:, ATTEMPTS : 2 * ATTEMPTS])
+    ratio = np.exp(log_low + (log_high - log_low) * uniform[:, RATIO_DRAWS])
     width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
     first = fits.argmax(1)
     crop_height, crop_width = height[np.arange(n), first], width[np.arange(n), first]
-    top = np.floor(uniform[:, 20] * (heights - crop_height + 1))
-    left = np.floor(uniform[:, 21] * (widths - crop_width + 1))
+    top = np.floor(uniform[:, TOP_DRAW] * (heights - crop_height + 1))
+    left = np.floor(uniform[:, LEFT_DRAW] * (widths - crop_width + 1))
     # None fits (tiny or very long images): the central crop nearest to the allowed ratios.
     failed = ~fits.any(1)
     low, high = widths < RATIO[0] * heights, widths > RATIO[1] * heights
@@ -173,5 +181,5 @@ def _resized_crops(
     rows[:, LEFT] = np.where(failed, (widths - crop_width) // 2, left)
     rows[:, HEIGHT], rows[:, WIDTH] = crop_height, crop_width
     rows[:, GRID_HEIGHT] = rows[:, GRID_WIDTH] = image_size
-    rows[:, FLIP] = uniform[:, 22] < 0.5
+    rows[:, FLIP] = uniform[:, FLIP_DRAW] < 0.5
     return rows

@@ -27,7 +27,7 @@ from pipeline.sources.storage import Storage
 log = logging.getLogger(__name__)
 
 
-class Item(NamedTuple):
+class EncodedBatch(NamedTuple):
     """One batch before decoding: samples, the same with the views' parameters as the graph takes them, labels (int64
     [n]) where wanted."""
 
@@ -40,9 +40,9 @@ class Item(NamedTuple):
 class ReadAhead:
     """Runs an iterator in a thread, at most `depth` items ahead. `get` hands on its items, then its exception."""
 
-    def __init__(self, items: Iterator[Item], depth: int) -> None:
+    def __init__(self, items: Iterator[EncodedBatch], depth: int) -> None:
         self._items = items
-        self._queue: queue.Queue[Item | BaseException] = queue.Queue(depth)
+        self._queue: queue.Queue[EncodedBatch | BaseException] = queue.Queue(depth)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="read ahead", daemon=True)
         self._thread.start()
@@ -57,7 +57,7 @@ class ReadAhead:
             end = error
         self._put(end)
 
-    def _put(self, item: Item | BaseException) -> bool:
+    def _put(self, item: EncodedBatch | BaseException) -> bool:
         while not self._stopping.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -66,7 +66,7 @@ class ReadAhead:
                 pass
         return False
 
-    def get(self) -> Item:
+    def get(self) -> EncodedBatch:
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
@@ -88,16 +88,16 @@ class Decoding:
 
     def __init__(
         self,
-        items: Iterator[Item],
+        items: Iterator[EncodedBatch],
         make_graph: Callable[[Feed], Graph],
-        decode_with_pillow: Callable[[Item], Item],
+        decode_with_pillow: Callable[[EncodedBatch], EncodedBatch],
         depth: int = 2,
     ) -> None:
         self.seconds = {"graph": 0.0, "starved": 0.0}
         self._make_graph, self._decode_with_pillow = make_graph, decode_with_pillow
         self._ahead = ReadAhead(items, depth)
-        self._again: deque[Item] = deque()
-        self._inside: deque[Item] = deque()
+        self._again: deque[EncodedBatch] = deque()
+        self._inside: deque[EncodedBatch] = deque()
         self._error: Exception | None = None
         self._graph = make_graph(self._feed)
 
@@ -120,7 +120,7 @@ class Decoding:
         self._inside.append(item)
         return item.lent
 
-    def next(self) -> tuple[Item, tuple[torch.Tensor, ...]]:
+    def next(self) -> tuple[EncodedBatch, tuple[torch.Tensor, ...]]:
         """StopIteration at the end; the exception of `items` in its place."""
         while True:
             started, starved = time.perf_counter(), self.seconds["starved"]

@@ -35,6 +35,12 @@ class Draw(NamedTuple):
 class Order:
     """The order of one source or of a weighted mixture. Memory and start-up grow with shards only.
 
+    lane      a part of every source, with shards of its own; the lanes are read side by side
+    slot      the place of a sample in the global batch, 0 to batch_size - 1; each slot belongs to one lane
+    turn      how many samples a lane gave to the run before this one, of all sources together
+    phase     where in the mixture's table a lane begins
+    ordinal   how many samples a source gave in this lane before this one; it decides source epoch and position
+
     `shard_samples` holds one list of per-shard counts for each manifest. With one source an epoch is `N // batch_size`
     steps and leaves out less than a batch; in a mixture that number of steps is the length of the run's nominal epoch,
     while each source uses all of its samples once in every epoch of its own.

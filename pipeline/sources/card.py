@@ -25,7 +25,7 @@ LARGEST_WEIGHT = 1e100
 DEEPEST = 20  # levels of lists and mappings in a card, which has three
 
 
-class Entry(NamedTuple):
+class CardSource(NamedTuple):
     """A source of a card. weight: None where none of the card's sources has one."""
 
     data: str
@@ -37,7 +37,7 @@ class Card(NamedTuple):
     """lanes, chunk_shards: None where the card leaves them to the defaults; chunk_shards 0: the whole lane ("all"
     in the card)."""
 
-    sources: tuple[Entry, ...]
+    sources: tuple[CardSource, ...]
     lanes: int | None
     chunk_shards: int | None
 
@@ -89,7 +89,7 @@ def _problem(events: Iterable[yaml.Event]) -> str:
     return ""
 
 
-def _entry(entry: Any, card: Path, where: str) -> Entry:
+def _entry(entry: Any, card: Path, where: str) -> CardSource:
     if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
         raise ValueError(f"{where}: needs `data:`, which is a folder, tars or a URL")
     _known_keys(entry, {"data", "weight", "name", "anonymous"}, where)
@@ -116,7 +116,7 @@ def _entry(entry: Any, card: Path, where: str) -> Entry:
         )
     if type(name) not in (str, int, float):
         raise ValueError(f"{where}: name must be a word, not {str(name)[:40]}")
-    return Entry(data, weight, str(name))
+    return CardSource(data, weight, str(name))
 
 
 def _known_keys(given: dict[Any, Any], known: set[str], where: str) -> None:

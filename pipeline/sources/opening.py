@@ -18,7 +18,7 @@ from pipeline.files import is_remote, local_path, read
 from pipeline.sources.cache import locked
 from pipeline.sources.card import (
     Card,
-    Entry,
+    CardSource,
     is_card,
     is_compressed,
     is_folder,
@@ -79,7 +79,9 @@ def open_source(
 
     ValueError or FileNotFoundError, with the remedy, when there is nothing that can be used.
     """
-    card = read_card(local_path(data)) if is_card(data) else Card((Entry(data, None, short_name(data)),), None, None)
+    card = (
+        read_card(local_path(data)) if is_card(data) else Card((CardSource(data, None, short_name(data)),), None, None)
+    )
     cache = CachePlace(cache_dir, cache_bytes)
     storage = Storage(cache_dir=cache_dir, cache_bytes=cache_bytes)
     manifests = []
