@@ -6,7 +6,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -149,7 +148,12 @@ def build_dictionary(
 
 
 def begin_from(
-    r: Recipe, net: Encoder, dictionary: MoCo | EndToEnd | MemoryBank, optimizer: Any, loader: Loader, notes: list[str]
+    r: Recipe,
+    net: Encoder,
+    dictionary: MoCo | EndToEnd | MemoryBank,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    notes: list[str],
 ) -> int:
     """Puts the MoCo file `r.init` into a new run, and into `notes` what was taken from it. Returns the step to begin
     with: 0, or that of the file's epoch when its training goes on. ValueError when it does not fit, FileNotFoundError.
