@@ -132,13 +132,13 @@ def check_all_came(ranks: int) -> None:
     if started == ranks:
         return
     if name == "WORLD_SIZE" and "LOCAL_RANK" in os.environ:
-        remedy = f"without a GPU this has to be said: {_on_cpu(os.environ.get('LOCAL_WORLD_SIZE', str(started)))}"
+        command = _on_cpu(os.environ.get("LOCAL_WORLD_SIZE", str(started)))
     else:
-        remedy = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell them; launch/torchrun.sh and "
-        remedy += "launch/slurm.sbatch set these"
+        script = "sbatch launch/slurm.sbatch" if name.startswith("SLURM") else f"GPUS={started} launch/torchrun.sh"
+        command = f"{script} ... (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set there)"
     raise ValueError(
-        f"{name} says that {started} processes were started, but {ranks} found each other, and each would train by "
-        f"itself: {remedy}"
+        f"{name} says that {started} processes were started, but each found itself alone and would train by itself. "
+        f"Start them with: {command}"
     )
 
 

@@ -187,7 +187,7 @@ def damaged() -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)  # three minutes on two quiet cores
 def test_real_images(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every image of the shared data, of CIFAR-10 the first ones; the right pixels are those of `decode`."""
     paths = [path for path in sorted(shared_data.rglob("*")) if path.suffix.lower().lstrip(".") in EXTENSIONS]

@@ -33,12 +33,15 @@ def test_ranks_that_find_each_other_are_no_error(alone: None, monkeypatch: pytes
     [
         (
             {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},  # torchrun on a CPU
-            r"WORLD_SIZE says that 2 processes were started, but 1 found each other, .*"
-            r"ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 ",
+            r"WORLD_SIZE says that 2 processes were started, but each found itself alone .*"
+            r"with: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 ",
         ),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, r"SLURM_STEP_NUM_TASKS says that 4 .* launch/slurm.sbatch set these"),
-        ({"OMPI_COMM_WORLD_SIZE": "3"}, r"OMPI_COMM_WORLD_SIZE says that 3 .* launch/torchrun.sh and"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, r"WORLD_SIZE says that 2 .* RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4"},
+            r"SLURM_STEP_NUM_TASKS says that 4 .* with: sbatch launch/slurm.sbatch",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, r"OMPI_COMM_WORLD_SIZE says that 3 .* with: GPUS=3 launch/torchrun.sh"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"WORLD_SIZE says that 2 .* with: GPUS=2 launch/torchrun.sh"),
     ],
 )
 def test_processes_that_would_train_each_by_itself_are_an_error(
