@@ -5,6 +5,7 @@ fsspec's clients carry every byte through Python's event loop, which costs twice
 compression, passwords in the address) are declined, and the caller asks fsspec.
 """
 
+import functools
 import http.client
 import os
 import re
@@ -93,8 +94,7 @@ class Connections:
             connection = kept
             try:
                 if connection is None:
-                    kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
-                    connection = kind(place.host, place.port, timeout=CONNECT_SECONDS)
+                    connection = self._new(place)
                     connection.connect()
                     connection.sock.settimeout(READ_SECONDS)
                 connection.request("GET", target, headers=headers)
@@ -106,6 +106,15 @@ class Connections:
                     raise Declined from None
                 if kept is None or isinstance(error, TimeoutError):
                     raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def _new(self, place: Place) -> http.client.HTTPConnection:
+        if place.scheme == "http":
+            return http.client.HTTPConnection(place.host, place.port, timeout=CONNECT_SECONDS)
+        return http.client.HTTPSConnection(place.host, place.port, timeout=CONNECT_SECONDS, context=self._trusted)
+
+    @functools.cached_property
+    def _trusted(self) -> ssl.SSLContext:
+        return ssl.create_default_context()  # which reads all certificates: once for all connections
 
     def _keep(self, place: Place, connection: http.client.HTTPConnection) -> None:
         with self._lock:

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import fsspec
 
@@ -259,7 +261,7 @@ class Fetcher:
 
 
 def _http_address(url: str) -> str:
-    """Where plain HTTP reads the object, signed for an hour; "" where only fsspec can."""
+    """Where plain HTTP reads the object, signed for an hour; "" where only fsspec can, as through a proxy."""
     protocol = url.removeprefix(ANONYMOUS).partition("://")[0]
     if protocol in ("http", "https"):
         return url.removeprefix(ANONYMOUS)
@@ -267,6 +269,9 @@ def _http_address(url: str) -> str:
         return ""
     filesystem, path = file_system(url)
     try:
-        return str(filesystem.url(path, expires=SIGNED_SECONDS, **filesystem.req_kw))
+        address = str(filesystem.url(path, expires=SIGNED_SECONDS, **filesystem.req_kw))
+        parts = urlsplit(address)
+        through_proxy = parts.scheme in getproxies() and not proxy_bypass(parts.netloc)
+        return "" if through_proxy else address
     except Exception:  # no credentials and the like: fsspec says what is wrong, when it is asked for the object
         return ""

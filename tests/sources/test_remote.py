@@ -195,6 +195,22 @@ def test_shards_come_over_plain_http(
     storage.close()
 
 
+def test_a_proxy_is_for_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore goes through the proxy that the environment names, and so do the shards."""
+    for name, value in [("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")]:
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.example:9000")
+    for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    remote._filesystem.cache_clear()
+    assert remote._http_address("s3://data/a.tar").startswith("https://store.example:9000/data/a.tar?")
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    assert remote._http_address("s3://data/a.tar") == ""
+    monkeypatch.setenv("no_proxy", "store.example")
+    assert remote._http_address("s3://data/a.tar").startswith("https://store.example:9000/data/a.tar?")
+    remote._filesystem.cache_clear()
+
+
 def test_requester_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable that the error names is fsspec's, which reads its environment once."""
     monkeypatch.setattr(fsspec.config, "conf", {})
