@@ -36,14 +36,6 @@ from pipeline.sources.storage import Storage
 from transfer.gallery import original
 
 SIZE = 48
-SHORT_SIDE = 56
-PACKINGS = {
-    "as it is": Options(),
-    "--short_side": Options(short_side=SHORT_SIDE),
-    "--convert": Options(convert=True),
-    "--short_side --convert": Options(short_side=SHORT_SIDE, convert=True),
-}
-
 TOGETHER = 60  # images
 OTHER_TURNS = ("turned_2", "turned_3", "turned_4", "turned_5", "turned_7")
 
@@ -137,8 +129,16 @@ class File(NamedTuple):
     shown: np.ndarray | None
 
 
-def compare_all_paths(files: list[File], folder: Path, monkeypatch: pytest.MonkeyPatch, *, lossy: float) -> list[str]:
+def compare_all_paths(
+    files: list[File], folder: Path, monkeypatch: pytest.MonkeyPatch, *, short_side: int, lossy: float
+) -> list[str]:
     """What is wrong, a line each. `lossy`: how much (see `difference`) encoding or resizing again may change."""
+    packings = {
+        "as it is": Options(),
+        "--short_side": Options(short_side=short_side),
+        "--convert": Options(convert=True),
+        "--short_side --convert": Options(short_side=short_side, convert=True),
+    }
     names = [f"n{i:04d}" for i in range(len(files))]
     expected = {name: whole(file.shown) for name, file in zip(names, files) if file.shown is not None}
     images = folder / "images"
@@ -148,7 +148,7 @@ def compare_all_paths(files: list[File], folder: Path, monkeypatch: pytest.Monke
         (images / name).write_bytes(content)
     write_shards(folder / "unpacked", [(name, content, None) for name, content in named], per_shard=100)
     ways = {("unpacked", way): seen for way, seen in looked_at(folder / "unpacked", monkeypatch, bad=True).items()}
-    for packing, options in PACKINGS.items():
+    for packing, options in packings.items():
         make_shards(str(images), str(folder / packing), options=options)
         ways |= {(packing, way): seen for way, seen in looked_at(folder / packing, monkeypatch).items()}
     faults = []
@@ -174,7 +174,7 @@ def test_known_images_and_what_must_be_refused(tmp_path: Path, monkeypatch: pyte
     files = [File(name, *known) for name, known in known_images().items() if name[:8] not in OTHER_TURNS]
     refused = bombs() | not_images() | without_black_and_white() | damaged()
     files += [File(name, content, None) for name, content in refused.items()]
-    assert compare_all_paths(files, tmp_path, monkeypatch, lossy=3) == []
+    assert compare_all_paths(files, tmp_path, monkeypatch, short_side=56, lossy=3) == []
 
 
 def damaged() -> dict[str, bytes]:
@@ -207,6 +207,6 @@ def test_real_images(shared_data: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for begin in range(0, len(files), TOGETHER):  # the preview's sheets would be too long
         folder = tmp_path / str(begin)
         folder.mkdir()
-        faults += compare_all_paths(files[begin : begin + TOGETHER], folder, monkeypatch, lossy=6)
+        faults += compare_all_paths(files[begin : begin + TOGETHER], folder, monkeypatch, short_side=160, lossy=6)
         shutil.rmtree(folder)
     assert faults == [], "\n".join(faults)
