@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# What demo.sh makes in demo/.
+# Names of all that demo.sh makes in demo/.
 DEMO := images shards run views.png neighbours.png .made_by_make_demo
 
 # CUDA=12 or CUDA=13: the builds of torch and DALI. Left out: those that are in .venv, or else those that the driver

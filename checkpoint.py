@@ -52,8 +52,8 @@ def superseded(steps: list[int], newest: int, *, keep: int, keep_every: int) -> 
 
 
 def list_steps(run_dir: str | Path) -> list[int]:
-    """Steps of the checkpoints in a run folder, ascending. What else lies there, such as somebody's copies, is left
-    alone.
+    """Steps of the checkpoints in a run folder, ascending. Other files there, such as somebody's copies, are
+    left alone.
     """
     names = (path.stem.removeprefix("step_") for path in directory(run_dir).glob("step_*.pt"))
     return sorted(int(name) for name in names if name.isdigit() and len(name) >= 8)
@@ -139,7 +139,7 @@ class Writer:
         self.problem = ""  # why the last write failed
         self.seconds = 0.0  # of the last write
         self._thread: threading.Thread | None = None
-        # What a writer that was killed left behind.
+        # A writer that was killed leaves its unfinished file behind.
         for leftover in directory(run_dir).glob(".step_*.tmp"):
             leftover.unlink(missing_ok=True)
 

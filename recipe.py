@@ -1,4 +1,4 @@
-"""What a run is: one flat, frozen, typed record. Every field is a flag of train.py and a key of recipes/*.yaml;
+"""The settings of a run: one flat, frozen, typed record. Every field is a flag of train.py and a key of recipes/*.yaml;
 nothing below the entry point sees it (pipeline and model take plain arguments).
 """
 
@@ -201,7 +201,8 @@ GROUPS = {
     "log_every": "watching",
 }
 
-# What may differ between the command that began a run and one that continues it; `data` only with the same fingerprint.
+# Fields that may differ between the command that began a run and one that continues it; `data` only with the same
+# fingerprint.
 CHANGEABLE = frozenset(
     {
         "data",

@@ -69,7 +69,7 @@ from transfer.monitor import build_monitor
 
 @dataclass(frozen=True)
 class Training:
-    """What set-up hands on to the loop and to the ending."""
+    """Everything that set-up hands on to the loop and to the ending."""
 
     r: Recipe
     accelerator: Accelerator

@@ -203,7 +203,7 @@ def packed(encoded: list[bytes], short_side: int) -> list[np.ndarray]:
 
 
 def processor_seconds() -> float:
-    """Of this process and its children, all threads, until now."""
+    """CPU seconds of this process and its children, all threads, until now."""
     here = psutil.Process()
     return sum(sum(p.cpu_times()[:2]) for p in (here, *here.children(recursive=True)))
 

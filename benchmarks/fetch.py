@@ -1,4 +1,4 @@
-"""What fetching a GB costs: `python benchmarks/fetch.py`. CPU seconds, the server's apart, for HTTP and for S3.
+"""The cost of fetching a GB: `python benchmarks/fetch.py`. CPU seconds, the server's apart, for HTTP and for S3.
 
 Candidates in turn, each in a process of its own, against a server on loopback that answers ranged requests by sendfile:
 ours as it is, the same with every range by fsspec (as it was before pipeline.sources.http_range), and obstore where it

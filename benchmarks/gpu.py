@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one command: one table, one JSON, in benchmarks/results/gpu_*.
+"""Everything that only a GPU can show, in one command: one table, one JSON, in benchmarks/results/gpu_*.
 
     python benchmarks/gpu.py --images DIR                       # all of it; --parts and --seconds bound it
     python benchmarks/gpu.py --images DIR --device cpu --arch resnet18 --image_size 64 --batch_sizes 32 \\
@@ -145,7 +145,7 @@ def constant_batches(batch_size: int, image_size: int, device: torch.device, dty
 def torchvision_batches(
     images: Path, batch_size: int, image_size: int, workers: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Any]:
-    """What people use: torchvision's PIL transforms in a DataLoader, MoCo v2's augmentation."""
+    """The usual way: torchvision's PIL transforms in a DataLoader, MoCo v2's augmentation."""
     import random
 
     from PIL import Image, ImageFilter

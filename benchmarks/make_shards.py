@@ -194,7 +194,7 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of this process and all below it, those that have ended too: the cost, where others use the cores as well."""
+    """CPU seconds of this process and all below it, those that have ended too."""
     me = psutil.Process()
     times = [process.cpu_times() for process in [me, *me.children(recursive=True)]]
     ended = me.cpu_times()

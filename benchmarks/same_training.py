@@ -89,7 +89,7 @@ def train(tree: Path, shards: Path, out: Path, case: Case, steps: int) -> None:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """What is compared of a run: the losses by step, and the parts of its last checkpoint."""
+    """The parts of a run that are compared: the losses by step, and the parts of its last checkpoint."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     newest = sorted(out.glob("checkpoints/step_*.pt"))[-1]
     state = torch.load(newest, map_location="cpu", weights_only=True)

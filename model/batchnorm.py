@@ -228,7 +228,7 @@ def arrive(shuffled: Shuffled) -> Tensor:
 
 
 def encode_shuffled(encoder: nn.Module, images: Tensor | Shuffled, group: Group = None) -> Tensor:
-    """What the encoder makes of the images, each row back with the rank and place of its image: [N, dim]."""
+    """The encoder's output for the images, each row back with the rank and place of its image: [N, dim]."""
     if isinstance(images, Tensor):
         return cast(Tensor, encoder(images))
     return unshuffle(encoder(arrive(images)), images.route, group)

@@ -117,7 +117,7 @@ def _widen(module: nn.Module, width: int) -> None:
 
 
 def timm_options(name: str, image_size: int | None) -> dict[str, int]:
-    """Of timm.create_model: `img_size` for a model that is made for one size of images, nothing for the others."""
+    """Arguments of timm.create_model: `img_size` for a model that is made for one size of images, else nothing."""
     import timm
 
     config = timm.get_pretrained_cfg(name)

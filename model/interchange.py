@@ -31,7 +31,7 @@ USE_ITS_OWN_CODE = "foreign files are read as ResNets alone, so judge it with th
 
 
 class MoCoFile(NamedTuple):
-    """What such a file holds. The states have our names; `key_encoder` and `queue` are empty and None when stripped."""
+    """The content of such a file, under our names; `key_encoder` and `queue` are empty and None when stripped."""
 
     path: str
     arch: str
@@ -251,7 +251,7 @@ def reference_checkpoint(
     optimizer: Mapping[str, Any] | None = None,
     key_encoder_updated: bool = True,
 ) -> dict[str, Any]:
-    """What torch.save is to write for a file in the reference's layout.
+    """The object that torch.save is to write for a file in the reference's layout.
 
     encoder: state of the `Encoder`; moco: state of the `MoCo`, or what there is of it; optimizer: state dict of SGD,
     see `over_both_encoders`. A plain ResNet by torchvision's name loads into the reference's main_lincls with fc.weight

@@ -22,7 +22,7 @@ from model.ranks import Group, check_equal, gather_rows
 
 
 class Stats(NamedTuple):
-    """What a loss says besides its value: 0-d tensors on the device, read only when they are logged."""
+    """The figures that come with a loss: 0-d tensors on the device, read only when they are logged."""
 
     accuracy: Tensor  # share of queries whose positive beats every negative
     positive: Tensor  # mean cosine of query and positive key

@@ -1,4 +1,4 @@
-"""What the ranks say to each other: gathered rows, exchanged rows, and whether they still agree.
+"""Exchange between ranks: gathered rows, exchanged rows, and whether they still agree.
 
 Everything works without torch.distributed too, as a world of one. `group` None is the default process group.
 """

@@ -1,4 +1,4 @@
-"""What the commands have in common: how each one ends, and the flags of the cache for remote shards.
+"""Common to all commands: how each one ends, and the flags of the cache for remote shards.
 
 A command ends with 0 after success alone, otherwise with one line on standard error that says what to do:
 
@@ -71,7 +71,7 @@ def add_cache_flags(parser: Any) -> None:
 
 
 def cache_arguments(options: Any) -> CacheArguments:
-    """What these two flags, or the fields of a recipe that have their names, say; nothing for what is left open.
+    """The values of these two flags, or of the recipe's fields with their names; those left open are left out.
     ValueError for an impossible size."""
     given = CacheArguments()
     if options.cache_dir:

@@ -1,4 +1,4 @@
-"""Where shards go: a local folder or any fsspec URL. What is written there appears whole or not at all."""
+"""Local files and fsspec URLs alike. A file that is written here appears whole or not at all."""
 
 import contextlib
 import errno

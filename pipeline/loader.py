@@ -214,8 +214,8 @@ class Loader:
         return totals | (self._decoding.seconds if self._decoding else {})
 
     def timings(self) -> dict[str, float]:
-        """Seconds since the last call. Of the reading thread: "read", "screen", "views". Of the caller: "wait" in all,
-        of which "graph" in DALI and "starved" until the reading thread had a batch."""
+        """Seconds since the last call. "read", "screen" and "views" are the reading thread's; "wait" is the caller's,
+        and its parts are "graph", in DALI, and "starved", until the reading thread had a batch."""
         began, before = self._last_timings
         self._last_timings = now, totals = time.perf_counter(), self._totals()
         spent = {name: max(0.0, totals[name] - before[name]) for name in totals}

@@ -209,8 +209,8 @@ def pack_tasks(
 
 
 def failing(max_failed: float, total: int, records: str, done: Iterable[PlannedShard]) -> Callable[[TaskDone], None]:
-    """Counts the images that could not be fetched, those of the shards that are done included. What it returns raises
-    ValueError when they are more than this fraction of all."""
+    """Counts the images that could not be fetched, those of the shards that are done included. The function that it
+    returns raises ValueError when they are more than this fraction of all."""
     rejected = (json.loads(files.read(files.join(records, shard.record)))["rejected"] for shard in done)
     failed = sum(line["reason"] in FAILED for lines in rejected for line in lines)
 

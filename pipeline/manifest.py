@@ -1,4 +1,4 @@
-"""What a data source holds, and whether it is still what its manifest says: `python -m pipeline.manifest D [--check]`.
+"""The content of a data source, and whether it agrees with its manifest: `python -m pipeline.manifest D [--check]`.
 
 `open_source` is imported from here: `from pipeline.manifest import open_source`.
 """

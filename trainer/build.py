@@ -1,4 +1,4 @@
-"""What has to be there before the first step: options that work here, data, network, dictionary."""
+"""All that has to be there before the first step: options that work here, data, network, dictionary."""
 
 import fcntl
 import os
@@ -183,7 +183,7 @@ def begin_from(
 def introduce(
     log: Log, r: Recipe, net: Encoder, samples: int, ranks: int, step: int, total: int, per_epoch: int, notes: list[str]
 ) -> None:
-    """What is about to run, and what its numbers alone say about it."""
+    """Tells the user what is about to run, with the warnings that its settings call for."""
     log.say(
         f"{samples} images, {per_epoch} steps an epoch, steps {step} to {total}; {ranks} ranks x {r.accumulate} x "
         f"{r.images_per_pass(ranks)} images, batch norm over groups of {r.batch_size // r.bn_groups} "

@@ -1,4 +1,4 @@
-"""What a run's numbers mean: warnings that name the likely cause and the remedy, and the end at a loss of NaN."""
+"""The meaning of a run's numbers: warnings that name the likely cause and the remedy, and the end at a loss of NaN."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from trainer.metrics import Window
 def warnings_before(
     mechanism: str, samples: int, batch_size: int, queue_size: int, lr: float, warmup_epochs: int
 ) -> dict[str, str]:
-    """What the numbers alone say, before the first step: kind -> explanation."""
+    """Warnings that the settings alone call for, before the first step: kind -> explanation."""
     found = {}
     # A memory bank leaves the own sample out of what it draws, and end-to-end has no queue.
     if mechanism == "moco" and queue_size > samples / 10:
@@ -38,8 +38,8 @@ def warnings_during(
     bottleneck: str,
     stages: dict[str, float],
 ) -> dict[str, str]:
-    """What the numbers of one log step say: kind -> explanation. One slow shard is no reason to warn of waiting for
-    data, hence `usual_wait`.
+    """Warnings that the figures of one log step call for: kind -> explanation. `usual_wait` keeps one slow shard from
+    being called a slow loader.
 
     About loss and accuracy it is silent until the queue was filled twice and 300 steps have gone by: a loss that rises
     from 0 to near chance and accuracies of 100 % are how a young queue looks.
@@ -67,7 +67,7 @@ def warnings_during(
         listed = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in parts.items())
         found["data"] = (
             f"{usual_wait:.0%} of the time is spent waiting for data; the slowest stage is {slowest} "
-            f"({listed} since the last log step). What helps: more num_threads, smaller stored images (make_shards "
+            f"({listed} since the last log step). These help: more num_threads, smaller stored images (make_shards "
             "--short_side), a --cache_dir on a faster disk for remote shards"
         )
     return found

@@ -1,6 +1,4 @@
-"""What a run tells people and files: metrics.jsonl, the progress bar or plain lines, notes and
-warnings. Rank 0 speaks for all.
-"""
+"""The output of a run: metrics.jsonl, the progress bar or plain lines, notes and warnings. Rank 0 speaks for all."""
 
 import errno
 import json
@@ -50,7 +48,7 @@ class Log:
     def write(self, values: dict[str, Any]) -> None:
         if not self.enabled:
             return
-        # What is not finite (the gradient norm of a step that fp16 skipped) is no JSON.
+        # JSON has no inf and NaN, which the gradient norm of a step that fp16 skipped is.
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         line = json.dumps({k: _rounded(k, v) for k, v in values.items()}).encode() + b"\n"
         try:

@@ -70,12 +70,12 @@ class Window:
         return None
 
     def sample_ids(self, step: int) -> list[int]:
-        """Of one pending step, on this rank."""
+        """The sample ids of one pending step, on this rank."""
         return next((ids.tolist() for s, _, ids in self.pending if s == step), [])
 
     def means(self, images_per_step: int, temperature: float) -> dict[str, float]:
-        """Of the rows settled since the last call, with the speed and the share of time lost waiting for data; restarts
-        the clock. Empty when there are no rows: every step was skipped.
+        """The means of the rows settled since the last call, with the speed and the share of time lost waiting for
+        data; restarts the clock. Empty when there are no rows: every step was skipped.
         """
         if not self.settled:
             self.restart()
@@ -106,7 +106,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
-    """Of all of them as one vector; 0-d, on the device."""
+    """The norm of all tensors as one vector; 0-d, on the device."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors])))
 
 

@@ -5,8 +5,8 @@
 3. N steps are timed with the device synchronised at the end of each phase, so that a phase is charged what it started.
 
 The phases follow each other, so they add up to the step. "data" is the wait for the batch; waiting for other ranks is
-part of the phases that exchange something: key encoder (the end of the shuffle), backward, queue. What runs beside the
-step is said apart: the loader's threads, and the copies to the GPU, which DALI makes ahead on a stream of its own.
+part of the phases that exchange something: key encoder (the end of the shuffle), backward, queue. Work beside the step
+is listed apart: the loader's threads, and the copies to the GPU, which DALI makes ahead on a stream of its own.
 """
 
 import json

@@ -1,6 +1,4 @@
-"""What continuing a run needs beside the checkpoint's file: may this recipe continue it, which checkpoint do all
-ranks take, and the random generators.
-"""
+"""Continuing a run: may this recipe continue it, which checkpoint do all ranks take, and the random generators."""
 
 import json
 import random
@@ -120,8 +118,8 @@ def loading(path: Path) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of this rank's generators, in plain values and tensors. Order, views, shuffles and queue do not depend on them;
-    dropout would.
+    """The state of this rank's generators, in plain values and tensors. Order, views, shuffles and queue do not depend
+    on them; dropout would.
     """
     numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is what others may draw from
     return {

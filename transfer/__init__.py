@@ -1,3 +1,3 @@
-"""What was learned, and its use elsewhere: kNN and the linear protocol, galleries of neighbours, curves and report of
+"""Judging an encoder, and its use elsewhere: kNN and the linear protocol, galleries of neighbours, curves and report of
 a run, export to other layouts. Everything takes a run folder, one of its checkpoints, or a MoCo file of the reference
 code."""

@@ -12,8 +12,8 @@ from transfer.load import CentralCrops
 
 
 class FeatureBatch(NamedTuple):
-    """Of b images, on the device: features fp32 [b, D] as the encoder gives them, not normalised; labels int64 [b], -1
-    for none; ids int64 [b]; those of V augmented views fp32 [b, V, D], V may be 0."""
+    """A batch of b images, on the device: features fp32 [b, D] as the encoder gives them, not normalised; labels int64
+    [b], -1 for none; ids int64 [b]; those of V augmented views fp32 [b, V, D], V may be 0."""
 
     features: Tensor
     labels: Tensor

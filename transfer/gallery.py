@@ -1,4 +1,4 @@
-"""What the encoder holds alike: query images with their nearest neighbours by cosine similarity, one PNG.
+"""Images that the encoder holds alike: query images with their nearest neighbours by cosine similarity, one PNG.
 
     python -m transfer.gallery --run runs/photos --data shards/photos --output gallery.png
 

@@ -229,7 +229,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def decay(epoch: int, epochs: int) -> float:
-    """What the learning rate is multiplied by in this epoch, counted from 0."""
+    """The factor on the learning rate in this epoch, counted from 0."""
     return 0.1 ** sum(epoch >= share * epochs for share in DECAY_AFTER)
 
 
@@ -253,7 +253,7 @@ def largest_label(source: Source, name: str, ranks: Ranks, progress: bool) -> in
 
 
 def shared(read: Callable[[], Any], ranks: Ranks) -> Any:
-    """What rank 0 reads, on all ranks: not every machine has to see the folder."""
+    """The content that rank 0 reads, on all ranks: not every machine has to see the folder."""
     box = [read() if ranks.rank == 0 else None]
     if ranks.world_size > 1:
         dist.broadcast_object_list(box, src=0, device=ranks.device)

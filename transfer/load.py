@@ -95,7 +95,7 @@ def load_encoder(
     feeds_images: bool = True,
 ) -> LoadedEncoder:
     """Reads the query encoder of `run`: a run folder or its URL (its newest good checkpoint), one checkpoint of a run
-    wherever it lies, or a MoCo `.pth.tar`. What a file is, its content says.
+    wherever it lies, or a MoCo `.pth.tar`. The content of a file decides what it is.
 
     untrained: the same architecture as it was initialised, the baseline that training has to beat; a run folder needs
     no checkpoint then. image_size, mean_std: instead of the recipe's, or of those that are usual for a MoCo file, which
@@ -127,7 +127,7 @@ def load_encoder(
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Of all parameters and statistics: the same file moved elsewhere is still the same encoder."""
+    """A hash of all parameters and statistics: the same file moved elsewhere is still the same encoder."""
     digest = xxhash.xxh3_64()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())

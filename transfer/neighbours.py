@@ -1,4 +1,4 @@
-"""What lies near what in a folder of features: neighbours of given images, near-duplicates, a map.
+"""Neighbours in a folder of features: those of given images, near-duplicates, a map.
 
     python -m transfer.neighbours --features features/train --images a.jpg b.jpg
     python -m transfer.neighbours --features features/train --val features/val --duplicates_above 0.95

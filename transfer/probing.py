@@ -1,4 +1,4 @@
-"""What a set of features is worth, from folders of features alone: kNN, linear classifiers with many and few labels.
+"""The worth of a set of features, from folders of features alone: kNN, linear classifiers with many and few labels.
 
 Every function returns rows: {"protocol", "setting", "metric", "mean", "spread", "seeds"} and what else describes one;
 `spread` is the standard deviation over seeds, None where there is one figure.

@@ -235,7 +235,7 @@ def picture(path: Path, caption: str) -> str:
 
 
 def pictures(run: Run, images: int, cache: CacheArguments) -> str:
-    """Two views and neighbours. What cannot be drawn (the data may have moved) is said and costs nothing else."""
+    """Two views and neighbours. A picture that cannot be drawn, as the data has moved, leaves a line."""
     parts = []
     cache = cache_arguments(run.recipe) | cache
     views = run.folder / "views.png"
@@ -245,7 +245,7 @@ def pictures(run: Run, images: int, cache: CacheArguments) -> str:
             r = run.recipe
             shape: dict[str, Any] = {"views": r.views, "image_size": r.image_size, "crop_min": r.crop_min}
             preview(r.data, views, **shape, count=4, seed=r.seed, **cache)
-        parts.append(picture(views, f"What the encoder sees: originals and their two views, recipe {run.recipe.views}"))
+        parts.append(picture(views, f"The encoder's input: originals and their two views, recipe {run.recipe.views}"))
     except (ValueError, OSError, RuntimeError) as error:
         parts.append(f"<p>Views not drawn: {html.escape(str(error))}</p>")
     try:

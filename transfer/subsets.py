@@ -11,7 +11,7 @@ Indices = NDArray[np.int64]
 def share_of_each_class(labels: Indices, share: float, seed: int) -> Indices:
     """Positions of `share` of each class (at least one image of it), ascending. labels int64 [N], by sample id.
 
-    Of one seed, a smaller share lies inside a larger one.
+    With one seed, a smaller share lies inside a larger one.
     """
     return _first_of_each_class(labels, seed, lambda n: max(1, round(share * n)))
 

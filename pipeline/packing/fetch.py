@@ -96,7 +96,7 @@ def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
 
 
 def _check_sizes(parts: list[Part], contents: list[bytes], image: ListedImage) -> None:
-    """Of a zip's member more was asked for than there may be."""
+    """Checks that all bytes came. A zip read may return fewer: the request allows for the member's header."""
     for part, content in zip(parts, contents):
         least = 0 if image.packing is not None else part.size
         if not least <= len(content) <= part.size:

@@ -1,4 +1,4 @@
-"""What earlier commands left in DEST: may this one go on with it, is all done, is it another's to be left alone?
+"""The state of DEST as earlier commands left it: may this one go on with it, is all done, or is it another's?
 
 While a command is at work, DEST/.make_shards holds its listing, its job and the records of the shards that are done;
 at the end make_shards.json takes their place. DEST/.make_shards/job.json is written last of what a command begins with.
@@ -72,7 +72,7 @@ def _locked(dest: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(dest: Path) -> None:
-    """What workers that were killed had not finished."""
+    """Removes the files that killed workers had not finished."""
     for place in (dest, dest / "train", dest / "val"):
         if place != dest and (place / JOURNAL).exists():
             continue  # another command may be at work there
@@ -123,7 +123,7 @@ def _refuse_if_changed(before: dict[str, Any], job: dict[str, Any], dest: str) -
 
 
 def finished_summary(dest: str, job: dict[str, Any]) -> dict[str, Any] | None:
-    """What make_shards.json says when `dest` is done; ValueError when it was made otherwise or shards are missing."""
+    """The content of make_shards.json when `dest` is done; ValueError when it was made otherwise or lacks shards."""
     if SUMMARY not in files.names(dest):
         return None
     summary: dict[str, Any] = json.loads(files.read(files.join(dest, SUMMARY)))

@@ -185,7 +185,7 @@ def _packing(members: Members, i: int) -> int | None:
 
 
 def sidecar_extensions(image: str, sidecars: Sequence[str]) -> list[str]:
-    """What the sidecars of an image are called in its shard: `json`, `mask.png`; the label `cls`, however it was named.
+    """The names of an image's sidecars in its shard: `json`, `mask.png`; the label `cls`, however it was named.
 
     Two labels (a.coarse.cls, a.fine.cls) are none: they keep their names.
     """

@@ -1,6 +1,6 @@
 """Is this an image, and fit for packing? Every image is decoded; with `short_side` or `convert` it is encoded again.
 
-What is accepted here is what training accepts, and pixels that are encoded again are those that it would see.
+Packing accepts the images that training accepts, and an image that is encoded again keeps the pixels that it would see.
 """
 
 import functools
@@ -40,7 +40,7 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What is done to an image, and which are left out. Sides in pixels."""
+    """How images are changed, and which are left out. Sides in pixels."""
 
     no_verify: bool = False
     max_pixels: int = MAX_PIXELS
@@ -62,7 +62,7 @@ def prepare(data: bytes, name: str, options: Options, remark: Remark = ignore) -
     encoded = np.frombuffer(data, np.uint8)
     only_header = options.no_verify and not (options.min_side or options.short_side or options.convert)
     try:
-        # Of a PNG this reads every byte, for its checksums: that is verification.
+        # `inspect` reads every byte of a PNG, for its checksums: that is verification.
         usual = (extension == "jpg" or not options.no_verify) and inspect(encoded, options.max_pixels) is not None
         if only_header and usual:
             return data, extension

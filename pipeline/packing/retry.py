@@ -1,4 +1,5 @@
-"""What could not be fetched is tried once more: --retry_failed packs it into further shards of a finished DEST.
+"""--retry_failed tries once more to fetch the images that failed, and packs them into further shards of a finished
+DEST.
 
 The shards that are there, and their samples' places in the order of the manifest, stay as they are. While a retry is at
 work its job.json holds the numbers of the images and the summary of what was there before; the new summary replaces

@@ -146,7 +146,7 @@ def _advance(image: ListedImage) -> None:
 
 
 def _other_members(planned: PlannedImage, contents: list[bytes]) -> dict[str, Any]:
-    """What goes into the sample beside the image: its label, its columns, what a WebDataset sample brought along."""
+    """The members beside the image: its label, its columns, and those that a WebDataset sample brought along."""
     parts = {sidecar.extension: data for sidecar, data in zip(planned.image.sidecars or (), contents)}
     if isinstance(planned.label, list):
         parts["labels.json"] = json.dumps(planned.label).encode()
@@ -167,7 +167,7 @@ def sample_key(planned: PlannedImage) -> str:
 def hash_contents(task: HashTask) -> TaskDone:
     """Writes the xxh3_128 of each image's bytes, 16 bytes each.
 
-    What cannot be read is hashed by its name: it is no duplicate, and rejected when it is packed.
+    An image that cannot be read is hashed by its name: no duplicate, and rejected when it is packed.
     """
     hashes = []
     for image, contents in zip(task.images, fetch(task.images)):

@@ -202,7 +202,7 @@ def _range(place: str, offset: int, size: int) -> bytes:
 
 
 def table(counts: dict[str, Any], dest: str, seconds: float) -> str:
-    """What the user is told at the end."""
+    """The closing table."""
     lines = [
         f"found       {counts['found']:>14,}",
         f"  packed    {counts['packed']:>14,}",

@@ -1,4 +1,4 @@
-"""What is found in a source: images with their sidecars, and what all of them together say about labels."""
+"""The content of a source: images with their sidecars, and what all of them together say about labels."""
 
 import os
 import re
@@ -46,7 +46,7 @@ class ListedImage(NamedTuple):
 
 @dataclass
 class Survey:
-    """What is learned about a source while its images are listed."""
+    """Facts about a source, learned while its images are listed."""
 
     progress: Progress = field(default_factory=lambda: Progress(""))  # counts images as they are found
     images: int = 0
@@ -62,7 +62,7 @@ class Survey:
     own_labels: int = 0  # images that have a .cls
     urls: bool = False  # whether some names are URLs, as in lists
     remarks: dict[str, list[Any]] = field(default_factory=dict)  # what to tell -> how often it was seen, the first time
-    # What tells the folders of img2dataset: a file that it puts beside them; names of images that begin with the name
+    # Signs of folders that img2dataset made: a file that it puts beside them; names of images that begin with the name
     # of their folder; its first folders, with images that have a number for a name.
     beside_img2dataset: bool = False
     named_by_folder: bool = True

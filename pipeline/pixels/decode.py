@@ -69,7 +69,7 @@ TURNS = {  # EXIF orientation -> the operation that sets the image upright
 }
 DARK = 1 << 14  # of 65,536: a 16-bit image that stays below it was scanned with 14 bits or fewer, and comes out dark
 
-# What is told of an image that is used all the same: a kind to count by, and what exactly.
+# Takes a remark on an image that is used all the same: its kind, to count by, and the details.
 Remark = Callable[[str, str], None]
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach standard error, without a file name
@@ -128,7 +128,7 @@ def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image
         if kind == "tif":  # libtiff makes room for a whole tile, however small the image
             tags = image.tag_v2  # type: ignore[attr-defined]
             check_pixels(int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0)), max_pixels)
-    # Of the formats with whole numbers in mode I, PNG (in older Pillows) and PPM mean 16 bits.
+    # PNG (in older Pillows) and PPM mean 16 bits when they have whole numbers in mode I; the other formats do not.
     if image.mode == "F" or (image.mode == "I" and kind not in ("png", "ppm")):
         numbers = "float" if image.mode == "F" else "signed or 32-bit integer"
         raise BadImage(

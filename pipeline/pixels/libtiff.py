@@ -1,4 +1,4 @@
-"""What libtiff says while it decodes. By itself it writes lines without a file name to standard error."""
+"""Catches libtiff's messages while it decodes: by itself it writes them to standard error, without a file name."""
 
 import contextlib
 import ctypes

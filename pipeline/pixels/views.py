@@ -18,7 +18,7 @@ COLUMNS = (
     # The box of the image that is resized, in pixels. On the CPU nothing outside it is looked at; DALI's filter, on a
     # GPU, looks a little further.
     "top", "left", "height", "width",
-    # What the box is resized to, and where in that the image_size x image_size window lies.
+    # The size that the box is resized to, and the place of the image_size x image_size window in it.
     "grid_height", "grid_width", "grid_top", "grid_left",
     "flip",  # 0 or 1
     # Greyscale before the jitter (v1) or after it (v2, cifar); order: index into ORDERS, -1: no jitter.
@@ -35,7 +35,8 @@ CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10  # of RandomResizedCrop, before it takes the central crop
 
-# What each number of a view's stream decides. A number keeps its meaning: else a run that continues sees other views.
+# The decision that each number of a view's stream makes. A number keeps its meaning: else a run that continues would
+# see other views.
 DRAWS = 40
 AREA_DRAWS, RATIO_DRAWS = slice(0, ATTEMPTS), slice(ATTEMPTS, 2 * ATTEMPTS)
 TOP_DRAW, LEFT_DRAW, FLIP_DRAW = 20, 21, 22

@@ -1,4 +1,4 @@
-"""What a shard calls its samples: the key of each row, and its list of labels where it has one."""
+"""The names in a shard: the key of each row, and its list of labels where it has one."""
 
 import json
 from typing import NamedTuple

@@ -239,7 +239,7 @@ def _name_old_folder(folder: Path) -> None:
 
 
 def _same_size(url: str, expected: int) -> int:
-    """What the server says; ValueError when the manifest says something else."""
+    """The size that the server gives; ValueError when the manifest says something else."""
     size, _ = remote.stat(url)
     if 0 <= expected != size:
         what = "cut short" if size < expected else "replaced"

@@ -1,4 +1,4 @@
-"""What a user writes to name data: YAML source cards, and brace patterns. The data itself is not opened here.
+"""The names that a user gives to data: YAML source cards, and brace patterns. The data itself is not opened here.
 
 A card lists sources with weights: of all images that training sees, each source contributes its weight's share.
 
@@ -140,7 +140,7 @@ def is_folder(data: str) -> bool:
 
 
 def is_pattern(data: str) -> bool:
-    """Braces and *; locally also ? and [, which mean other things in a URL. What is there locally is no pattern."""
+    """Braces and *; locally also ? and [, which mean other things in a URL. A path that exists is no pattern."""
     if is_remote(data):
         return re.search(r"[*{]", data) is not None
     return re.search(r"[*{?\[]", data) is not None and not exists(local_path(data))

@@ -1,4 +1,4 @@
-"""What lies where inside a tar shard, and the `.idx` file that remembers it.
+"""The places of all members inside a tar shard, and the `.idx` file that remembers them.
 
 1. `index_tar` groups the members of a tar, in any order, into samples by webdataset's rule: the key is the path up to
    the first dot of the base name, the extension what follows that dot.

@@ -1,4 +1,4 @@
-"""What a data source is: shards with their sample counts, sizes and checksums; several of them with weights.
+"""A data source: shards with their sample counts, sizes and checksums; several of them with weights.
 
 A manifest lists the shards of one source: a line of JSON each, nothing for each sample, so that a billion samples in
 100,000 shards are 15 MB. make_shards writes it; for shards that others made, `pipeline.sources.opening` does, once.
@@ -224,7 +224,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of everything that decides which sample comes when, but for seed and batch size."""
+        """A hash of everything that decides which sample comes when, but for seed and batch size."""
         parts = [f"{self.lanes} {self.chunk_shards}"]
         parts += [f"{weight!r} {m.fingerprint}" for weight, m in zip(self.weights, self.manifests)]
         return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())

@@ -268,7 +268,7 @@ def _build(
     root: str, tars: Sequence[tuple[str, int, str]], beside: Path | None, storage: Storage, workers: int, progress: bool
 ) -> Manifest:
     """Indexes the tars (name, size, stamp) and writes the manifest into `beside`, or else into the cache, under a name
-    that changes with them. Of processes that come here at once one does the work; what was killed is continued."""
+    that changes with them. When several processes come here at once, one does the work; a killed scan is continued."""
     whole_root = root if is_remote(root) else str(local_path(root).absolute())
     key = xxhash.xxh3_128_hexdigest(repr((whole_root, tars)).encode("utf-8", "surrogateescape"))
     cached = storage.cache_dir / "manifests" / key

@@ -101,7 +101,7 @@ def retry(url: str, request: Callable[[], T], stop: threading.Event | None = Non
 
 
 def _remedy(url: str) -> str:
-    """What may help where a server refuses."""
+    """Advice for a user whom the server refuses."""
     protocol, _, rest = url.partition("://")
     bucket = rest.partition("/")[0]
     if protocol in WITHOUT_CREDENTIALS:

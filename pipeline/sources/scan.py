@@ -27,7 +27,7 @@ FETCHES = 4  # remote shards being fetched and indexed at a time; each is fetche
 
 
 class Scanned(NamedTuple):
-    """What a scan found out about one tar."""
+    """The result of scanning one tar."""
 
     samples: int
     bytes: int

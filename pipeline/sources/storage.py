@@ -163,7 +163,7 @@ class Storage:
     def prefetch(self, urls: Iterable[str | tuple[str, int, str]]) -> None:
         """Begins to fetch remote shards, (url, bytes, checksum), and indexes, their URLs alone; soonest needed first.
 
-        What an earlier call asked for and this one does not is dropped, unless it has begun. Local ones are left alone.
+        Fetches that only an earlier call asked for are dropped, unless they have begun. Local shards are left alone.
         """
         wanted = [item if isinstance(item, tuple) else (item, -1, "") for item in urls]
         wanted = [item for item in wanted if is_remote(item[0])]

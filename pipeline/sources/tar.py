@@ -143,7 +143,7 @@ def _number(field: bytes) -> int:
 
 
 def _describing(kind: bytes, block: bytes) -> dict[bytes, bytes]:
-    """What a header of this kind says about the member that follows it; ValueError, to go on after its name."""
+    """The facts in a header of this kind about the member that follows it; ValueError, to go on after its name."""
     if kind == b"L":
         return {PATH: block[: LONGEST_NAME + 1].split(b"\0", 1)[0]}
     records = _pax_records(block) if kind != b"K" else {}
