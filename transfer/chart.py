@@ -1,4 +1,8 @@
-"""A line chart as an SVG string: several runs over one field, for a page that needs no script and no network."""
+"""A line chart as an SVG string: several runs over one field, for a page that needs no script and no network.
+
+Drawn here and not by matplotlib, whose SVG has no titles: pointing at a line shows run, step and value, and text and
+grid take the page's colours, light or dark.
+"""
 
 import itertools
 import math
