@@ -84,7 +84,7 @@ class Training:
     log: Log
     writer: checkpoint.Writer
     mirror: Mirror | None  # of a run whose --out is a URL
-    monitor: Callable[[nn.Module, torch.device, AbstractContextManager[object]], float] | None  # kNN accuracy
+    monitor: Callable[[nn.Module, torch.device, AbstractContextManager[object]], dict[str, float]] | None
     profile: Profile | None
     first: int  # the step to begin with: optimiser steps done
     total: int  # the step to end at
@@ -199,7 +199,7 @@ def train(t: Training, watchdog: Watchdog, stop: Stop) -> int:
     step, saved, save_seconds, skipped = t.first, t.first, 0.0, 0
     stop.begin(t.control)
     t.log.begin()
-    if knn_is_due(t, step) and not gather_objects(t.log.has("knn", step), t.control)[0]:
+    if knn_is_due(t, step) and not gather_objects(t.log.has("knn" if t.r.knn_data else "rankme", step), t.control)[0]:
         evaluate_knn(t, step)  # a kill in its middle had lost it: the checkpoint comes before it
 
     while step < t.total and not stop.asked():
@@ -413,15 +413,16 @@ def save(t: Training, step: int) -> float:
 
 
 def evaluate_knn(t: Training, step: int) -> None:
-    """Writes the kNN accuracy of the query encoder as it is; all ranks call it."""
+    """Writes kNN accuracy and RankMe of the query encoder as it is; all ranks call it."""
     assert t.monitor is not None
     t.phase("knn")
-    with saying(f"step {step}: kNN of {t.r.knn_data}" if t.accelerator.is_main_process else ""):
-        accuracy = t.monitor(t.net, t.accelerator.device, t.accelerator.autocast())
-    found = {"step": step, "epoch": step / t.per_epoch, "knn": accuracy}
+    with saying(f"step {step}: features of {t.r.knn_data or t.r.data}" if t.accelerator.is_main_process else ""):
+        measured = t.monitor(t.net, t.accelerator.device, t.accelerator.autocast())
+    found = {"step": step, "epoch": step / t.per_epoch} | measured
     t.log.write(found)
     trackers.track(t.accelerator.log, t.log, found)
-    t.log.say(f"step {step}  epoch {step / t.per_epoch:.2f}  kNN {accuracy:.1%}")
+    accuracy = f"kNN {measured['knn']:.1%}  " if "knn" in measured else ""
+    t.log.say(f"step {step}  epoch {step / t.per_epoch:.2f}  {accuracy}RankMe {measured['rankme']:.1f}")
     t.window.restart()
 
 

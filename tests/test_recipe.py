@@ -70,7 +70,6 @@ def test_print_config_shows_what_will_run(capsys: pytest.CaptureFixture[str]) ->
         ({"weight_decay": -1e-4}, "weight_decay is -0.0001"),
         ({"knn_every": -1}, "knn_every is -1"),
         ({"accumulate": 3}, "batch_size 256 does not divide into accumulate 3"),
-        ({"knn_every": 1}, "knn_data names no"),
     ],
 )
 def test_validate_names_the_number(change: dict[str, object], says: str) -> None:

@@ -181,6 +181,20 @@ def test_the_knn_monitor_disturbs_nothing(runs: Runs, shards_dir: Path, undistur
     found = {row["step"]: row["knn"] for row in metrics(out) if "knn" in row}
     assert list(found) == [10, 20]
     assert all(0 <= accuracy <= 1 for accuracy in found.values())
+    assert [row["step"] for row in metrics(out) if row.get("rankme", 0) > 1] == [10, 20]
+    assert losses(out) == losses(undisturbed)
+    one, other = (checkpoint.load(checkpoint.path_of(run, STEPS)) for run in (out, undisturbed))
+    assert_same(one["encoder"], other["encoder"])
+
+
+def test_rankme_needs_no_labels_and_disturbs_nothing(
+    runs: Runs, shards_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ranked"
+    assert runs.train(out, shards_dir, knn_every=2) == [0], log_of(out).read_text()
+    rows = [row for row in metrics(out) if "rankme" in row]
+    assert [row["step"] for row in rows] == [10, 20]
+    assert all(row["rankme"] > 1 and "knn" not in row for row in rows)
     assert losses(out) == losses(undisturbed)
     one, other = (checkpoint.load(checkpoint.path_of(run, STEPS)) for run in (out, undisturbed))
     assert_same(one["encoder"], other["encoder"])
@@ -197,7 +211,7 @@ def killed(*arguments, **options):
     while not checkpoint.list_steps({str(out)!r}):
         time.sleep(0.02)
     os._exit(9)
-monitor.knn_accuracy = killed
+monitor.measure = killed
 """
     assert runs.train(out, shards_dir, patch=patch, **options) == [9]
     assert checkpoint.list_steps(out) == [10]

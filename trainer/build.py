@@ -80,7 +80,7 @@ def open_sources_rank0_first(r: Recipe, rank: int, control: dist.ProcessGroup | 
     """Every source that the recipe names, by its name there. Rank 0 first: a missing index or manifest is built once,
     and then it is there.
     """
-    names = {r.data} | ({r.knn_data, r.knn_train or r.data} if r.knn_every else set())
+    names = {r.data} | ({r.knn_data, r.knn_train or r.data} if r.knn_every and r.knn_data else set())
 
     def opened() -> dict[str, Source]:
         return {name: open_source(name, **cache_arguments(r), progress=rank == 0) for name in sorted(names)}

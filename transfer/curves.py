@@ -22,6 +22,7 @@ PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
     ("loss", "loss"),
     ("lr", "learning rate"),
     ("knn", "kNN accuracy"),
+    ("rankme", "RankMe"),
     ("images_per_second", "images per second"),
 )
 

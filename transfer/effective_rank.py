@@ -29,18 +29,36 @@ def rankme(features: Floats) -> float:
     return rank_of_spectrum(_singular_values(second_moment, len(features)))
 
 
-def rankme_over_ranks(features: Tensor, group: dist.ProcessGroup | None = None) -> float:
-    """The same of features [n, D] of which each rank holds a part; every rank gets it."""
-    x = features.double()
-    second_moment, count = x.T @ x, torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
-    if group is not None and group.size() > 1:
-        dist.all_reduce(second_moment, group=group)
-        dist.all_reduce(count, group=group)
-    return rank_of_spectrum(_singular_values(second_moment.cpu().numpy(), int(count)))
+class SecondMoment:
+    """X'X of features X that come in batches, in float64 on their device: all that RankMe needs of them."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None  # [D, D]
+        self.count = 0
+
+    def add(self, features: Tensor) -> None:
+        """features [b, D], not normalised."""
+        with torch.autocast(features.device.type, enabled=False):  # the monitor may run inside train.py's
+            x = features.double()
+            product = x.T @ x
+        self.total = product if self.total is None else self.total + product
+        self.count += len(features)
+
+    def rankme(self, group: dist.ProcessGroup | None = None) -> float:
+        """As `rankme`, of the features of all ranks; every rank gets it. NaN when a feature is not finite."""
+        assert self.total is not None, "no features were added"
+        total = self.total
+        count = torch.tensor(self.count, dtype=torch.float64, device=total.device)
+        if group is not None and group.size() > 1:
+            dist.all_reduce(total, group=group)
+            dist.all_reduce(count, group=group)
+        return rank_of_spectrum(_singular_values(total.cpu().numpy(), int(count)))
 
 
 def _singular_values(second_moment: Doubles, count: int) -> Doubles:
     """Of X [N, D] from X'X in float64, where its small ones keep eight digits beside the largest: min(N, D) of them."""
+    if not np.isfinite(second_moment).all():
+        return np.array([np.nan])
     values = np.linalg.eigvalsh(second_moment)[::-1][:count]
     return np.sqrt(np.maximum(values, 0))
 
@@ -70,7 +88,7 @@ def lidar(views: Floats) -> float:
 
 def rank_of_spectrum(values: Doubles) -> float:
     """exp of the entropy of non-negative values after division by their sum; 0 when all are 0."""
-    if not values.sum() > 0:
+    if values.sum() == 0:
         return 0.0
     p = values / values.sum() + EPSILON
     return float(np.exp(-(p * np.log(p)).sum()))

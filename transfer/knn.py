@@ -37,6 +37,7 @@ from pipeline.sources.manifest import Source, shared_samples
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
 from transfer.arguments import encoder_arguments
+from transfer.effective_rank import SecondMoment
 from transfer.extraction import feature_batches
 from transfer.load import CentralCrops, load_encoder
 
@@ -51,13 +52,14 @@ def extract(
     crops: CentralCrops,
     *,
     limit: int | None = None,
+    seen: Callable[[Tensor], None] = lambda features: None,
     progress: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's part of `source` as L2-normalised features fp32 [n, D], labels int64 [n] and sample ids int64 [n],
     on the CPU.
 
     A label is -1 where there is none. embed: images fp32 [b, 3, S, S] on the ranks' device -> [b, D]. limit: only the
-    first so many.
+    first so many. seen: gets the features of each batch before they are normalised, [b, D] on the device.
     progress: what rank 0's progress bar is called; empty for none.
     """
     rank, world_size, _ = crops.ranks
@@ -69,6 +71,7 @@ def extract(
     n = 0
     with Progress(progress if rank == 0 else "", capacity) as shown:
         for batch in feature_batches(embed, source, crops):
+            seen(batch.features[: capacity - n])
             y = F.normalize(batch.features, dim=1)[: capacity - n]  # [b, D]
             if features is None:
                 features = torch.empty(capacity, y.shape[1])
@@ -189,16 +192,19 @@ def evaluate(
     temperature: float = 0.1,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Weighted-kNN accuracy of `embed` on val with train as memory: {"knn", "k", "train", "val", "classes"}; all
-    ranks call it, all get the same.
+    """Weighted-kNN accuracy of `embed` on val with train as memory: {"knn", "rankme" (of val), "k", "train",
+    "val", "classes"}; all ranks call it, all get the same.
 
     Raises ValueError when a source has no labels, or when the two name their classes differently.
     """
     check_classes(train, val)
 
     rank, world_size, device = crops.ranks
+    moment = SecondMoment()
     train_features, train_labels, _ = extract(embed, train, crops, progress="train features" if progress else "")
-    test_features, test_labels, _ = extract(embed, val, crops, progress="val features" if progress else "")
+    test_features, test_labels, _ = extract(
+        embed, val, crops, seen=moment.add, progress="val features" if progress else ""
+    )
     group = dist.group.WORLD if world_size > 1 else None
     total = len(train_labels)
     largest = int(max(train_labels.max(), test_labels.max()))
@@ -226,7 +232,8 @@ def evaluate(
         train_features, train_labels, test_features, k, temperature, classes=largest + 1, device=device, group=group
     )
     accuracy = float((predictions == test_labels).double().mean())
-    return {"knn": accuracy, "k": k, "train": total, "val": len(test_labels), "classes": largest + 1}
+    found = {"knn": accuracy, "rankme": moment.rankme(group)}
+    return found | {"k": k, "train": total, "val": len(test_labels), "classes": largest + 1}
 
 
 def raw_pixels(images: Tensor) -> Tensor:

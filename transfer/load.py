@@ -37,6 +37,7 @@ class CentralCrops:
     batch_size: int = 256  # of this rank
     num_threads: int | None = None
     ranks: Ranks = ALONE
+    max_bad_fraction: float = 0.01  # ValueError when more of the images do not decode
 
     def batches(
         self, source: Source, *, ranges: Sequence[range] | None = None, augmented: Augmented = NOT_AUGMENTED
@@ -54,6 +55,7 @@ class CentralCrops:
             world_size=self.ranks.world_size,
             device=str(self.ranks.device),
             num_threads=self.num_threads,
+            max_bad_fraction=self.max_bad_fraction,
             ranges=ranges,
         )
 

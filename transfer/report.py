@@ -40,6 +40,7 @@ RISING = "It rises at first: the queue begins as random keys, and real ones, whi
 CHARTS = (  # field of metrics.jsonl, title, what to know about it, axis from zero, percent
     ("loss", "Loss", f"InfoNCE; ln(1 + queue) is chance. {RISING}", False, False),
     ("knn", "kNN accuracy", "weighted, in training", False, True),
+    ("rankme", "RankMe", "dimensions that the features use; a fall to 1 is collapse", True, False),
     ("lr", "Learning rate", "", True, False),
     (
         "accuracy",

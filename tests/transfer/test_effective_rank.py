@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from transfer import effective_rank
-from transfer.effective_rank import lidar, rankme, rankme_over_ranks
+from transfer.effective_rank import SecondMoment, lidar, rankme
 
 
 def rankme_by_svd(z: np.ndarray) -> float:
@@ -38,7 +38,13 @@ def test_rankme_is_the_papers(n: int, d: int, monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(0)
     z = (rng.normal(size=(n, d)) * np.geomspace(1, 1e-4, d) + 3).astype(np.float32)
     assert rankme(z) == pytest.approx(rankme_by_svd(z), rel=1e-5)
-    assert rankme_over_ranks(torch.from_numpy(z)) == pytest.approx(rankme_by_svd(z), rel=1e-5)
+    moment = SecondMoment()
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in torch.from_numpy(z).split(7):
+            moment.add(batch)
+    assert moment.rankme() == pytest.approx(rankme_by_svd(z), rel=1e-5)
+    moment.add(torch.full((1, d), torch.inf))
+    assert np.isnan(moment.rankme())
 
 
 def test_rankme_of_known_cases() -> None:
