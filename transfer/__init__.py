@@ -1,3 +1,3 @@
-"""Judging an encoder, and its use elsewhere: kNN and the linear protocol, galleries of neighbours, curves and report of
-a run, export to other layouts. Everything takes a run folder, one of its checkpoints, or a MoCo file of the reference
-code."""
+"""Judging an encoder, and its use elsewhere: kNN, linear protocol, features and what is computed from them, galleries
+of neighbours, curves and report of a run, export to other layouts. Everything takes a run folder, one of its
+checkpoints, or a MoCo file of the reference code."""

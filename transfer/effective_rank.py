@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 EPSILON = 1e-7  # of both papers
-DELTA = 1e-4  # on the diagonal of LiDAR's covariance within images
+DELTA = 1e-4  # on the diagonal of LiDAR's covariance within images; published code has 1e-6 to 1e-3
 CHUNK_FLOATS = 1 << 24  # numbers that are read into memory at a time
 
 Doubles = NDArray[np.float64]
