@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -40,11 +41,18 @@ def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
+def libraries(maps: str) -> list[str]:
+    """The libtiffs among the files that a process has mapped; not nvImageCodec's libtiff_ext.so, which DALI loads and
+    which has a libtiff of its own inside."""
+    paths = (line.split(maxsplit=5)[-1].strip() for line in maps.splitlines())
+    return [path for path in paths if re.search(r"/libtiff[-.][^/]*$", path)]
+
+
 @functools.cache
 def _take_over() -> None:
     """Hands libtiff our function for errors. Where Pillow's libtiff is not found, its lines stay where they are."""
     with contextlib.suppress(OSError, AttributeError, StopIteration):
-        mapped = (line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines())
-        library = ctypes.CDLL(next(path for path in mapped if "/libtiff" in path))
+        mapped = Path("/proc/self/maps").read_text()
+        library = ctypes.CDLL(next(iter(libraries(mapped))))
         library.TIFFSetErrorHandler.restype = ctypes.c_void_p
         library.TIFFSetErrorHandler(_write_down)

@@ -193,6 +193,18 @@ def test_no_file_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not marker.exists()
 
 
+def test_pillow_s_libtiff_is_told_from_that_of_dali() -> None:
+    maps = """7f01-7f02 r-xp 00000000 fe:00 1 /site-packages/nvidia/nvimgcodec/extensions/libtiff_ext.so.0.9.0
+7f03-7f04 r--p 00000000 fe:00 2 /site-packages/pillow.libs/libtiff-20b7e810.so.6.3.0
+7f05-7f06 r-xp 00000000 fe:00 3 /usr/lib/x86_64-linux-gnu/libtiff.so.6
+7f07-7f08 rw-p 00000000 00:00 0
+"""
+    assert libtiff.libraries(maps) == [
+        "/site-packages/pillow.libs/libtiff-20b7e810.so.6.3.0",
+        "/usr/lib/x86_64-linux-gnu/libtiff.so.6",
+    ]
+
+
 def test_libtiff_s_lines_are_kept_with_their_file(capfd: pytest.CaptureFixture[str]) -> None:
     damaged = bytearray(encode(quadrants(), "TIFF", compression="tiff_adobe_deflate"))
     damaged[30] ^= 255
