@@ -207,6 +207,6 @@ def test_real_images(shared_data: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for begin in range(0, len(files), TOGETHER):  # the preview's sheets would be too long
         folder = tmp_path / str(begin)
         folder.mkdir()
-        faults += compare_all_paths(files[begin : begin + TOGETHER], folder, monkeypatch, short_side=160, lossy=6)
+        faults += compare_all_paths(files[begin : begin + TOGETHER], folder, monkeypatch, short_side=160, lossy=8)
         shutil.rmtree(folder)
     assert faults == [], "\n".join(faults)
