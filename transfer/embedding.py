@@ -106,7 +106,8 @@ def assemble(folder: Path, parts: int, about: dict[str, Any]) -> dict[str, Any]:
     _write_table(folder, paths, several)
     about = about | {"samples": count, "dimensions": dimensions}
     write_atomically(folder / ABOUT, json.dumps(about, indent=1).encode() + b"\n")
-    for path in [*paths, folder / "parts" / "settings.json"]:
+    cut_short = (folder / "parts").glob(".*.npz.*.tmp")  # by a kill, while they were written
+    for path in [*paths, *cut_short, folder / "parts" / "settings.json"]:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something of somebody else's lies in it
         (folder / "parts").rmdir()

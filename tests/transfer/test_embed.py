@@ -110,8 +110,10 @@ def test_a_killed_one_goes_on(
     assert done == 4  # of eight images in two batches each
     with pytest.raises(FileNotFoundError, match="is not whole yet"):
         open_embedding(tmp_path / "f")
+    (tmp_path / "f" / "parts" / ".00000004.npz.1234.tmp").write_bytes(b"half")  # as SIGKILL leaves it
     about, embedded = embed(run_folder, source, tmp_path / "f")
     assert embedded == 60 - 8 * done
+    assert not (tmp_path / "f" / "parts").exists()
     for name in ("features.npy", "samples.parquet", "embedding.json"):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert embed(run_folder, source, tmp_path / "f") == (about, 0)
