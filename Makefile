@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # Names of all that demo.sh makes in demo/.
-DEMO := images shards run views.png neighbours.png .made_by_make_demo
+DEMO := images shards run views.png neighbours.png report.html .made_by_make_demo
 
 # CUDA=12 or CUDA=13: the builds of torch and DALI. Left out: those that are in .venv, or else those that the driver
 # runs, or else 13.

@@ -3,9 +3,10 @@
     python benchmarks/same_training.py --before COMMIT [--after COMMIT] [--steps 40] [--only NAME ...]
 
 COMMIT is put into a worktree in a temporary folder; without --after the other side is this working tree as it is. Both
-train recipes/digits.yaml on shards of scikit-learn's digits: with one and two ranks, symmetric, killed by SIGKILL in
-between and continued, and with the two other mechanisms. The losses of every step, the parameters and statistics of
-both encoders, the queue, the optimiser and the loader's place must be equal to the last bit. Exit code 1 if one is not.
+train this working tree's recipes/letters.yaml on shards of benchmarks/letters.py: with one and two ranks, symmetric,
+killed by SIGKILL in between and continued, and with the two other mechanisms. The losses of every step, the parameters
+and statistics of both encoders, the queue, the optimiser and the loader's place must be equal to the last bit. Exit
+code 1 if one is not.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("encoder", "moco", "optimizer", "loader", "rng")  # of a checkpoint; of rng torch's, which alone is seeded
-FLAGS = ["--config", "recipes/digits.yaml", "--num_threads", "1", "--log_every", "1", "--trackers", "[]"]
+FLAGS = ["--config", str(ROOT / "recipes/letters.yaml"), "--num_threads", "1", "--log_every", "1", "--trackers", "[]"]
 FLAGS += ["--keep_checkpoints", "1"]
 
 
@@ -132,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="same_training-") as name:
         folder = Path(name)
         images, shards = folder / "images", folder / "shards"
-        for command in (["benchmarks/digits.py", images], ["pipeline/make_shards.py", images / "train", shards]):
+        for command in (["benchmarks/letters.py", images], ["pipeline/make_shards.py", images / "train", shards]):
             subprocess.run(
                 [sys.executable, *map(str, command)], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), check=True
             )

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [--steps 6000] [--ranks 1] [--output FILE]
 
-A tiny network on scikit-learn's digits: what could leak is the loop, the loader, the checkpoints and the kNN monitor,
+A tiny network on pages of letters: what could leak is the loop, the loader, the checkpoints and the kNN monitor,
 and they are those of any training. Looked at once a second, shown as a row for each tenth of the run: the least and the
 most of the largest rank. Anonymous memory is what a process adds (shards are mapped files).
 """
@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         images, shards, out = (Path(folder) / name for name in ("images", "shards", "run"))
-        subprocess.run([sys.executable, "benchmarks/digits.py", images], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "benchmarks/letters.py", images], cwd=ROOT, check=True)
         for split in ("train", "val"):
             make = [sys.executable, "pipeline/make_shards.py", str(images / split), str(shards / split)]
             subprocess.run(make, cwd=ROOT, check=True)

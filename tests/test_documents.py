@@ -122,6 +122,12 @@ def test_flags_in_prose_exist_somewhere(document: Path) -> None:
     assert {flag for span in spans for flag in FLAG.findall(span)} - known == set()
 
 
+def test_the_demo_gives_flags_that_exist() -> None:
+    script = re.sub(r"^", "    ", (REPOSITORY / "demo.sh").read_text(), flags=re.MULTILINE)
+    assert sum(PROGRAM.search(line) is not None for line in command_lines(script)) >= 8
+    assert list(unknown_commands(script)) == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
 
