@@ -87,7 +87,7 @@ def test_signals_save_and_end_with_0(
 import time
 from trainer import metrics
 add = metrics.Window.add
-metrics.Window.add = lambda *arguments: (time.sleep(0.1), add(*arguments))  # so that the signal comes before the end
+metrics.Window.add = lambda *arguments: (time.sleep(0.3), add(*arguments))  # so that the signal comes before the end
 """
     pids = runs.start(out, shards_dir, patch=slow)
     wait_for_step(out, 3)
@@ -315,7 +315,7 @@ def test_a_full_disk_costs_a_warning_and_at_the_end_an_error(
     assert runs.train(out, shards_dir, save_every=5, largest_file=2_000_000) == [1], log_of(out).read_text()
     said = log_of(out).read_text()
     assert "warning: step 5 not saved" in said
-    assert "File too large); the same command repeats them" in said.splitlines()[-1].replace("'", "")
+    assert "File too large; the same command repeats them" in said.splitlines()[-1].replace("'", "")
     assert not (out / "finished").exists()
     assert checkpoint.list_steps(out) == [3]
     assert losses(out) == losses(undisturbed)

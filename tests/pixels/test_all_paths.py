@@ -5,6 +5,7 @@ Packed five ways (not at all, as it is, `--short_side`, `--convert`, both), and 
 """
 
 import itertools
+import os
 import re
 import shutil
 import tarfile
@@ -187,10 +188,16 @@ def damaged() -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.timeout(1800)  # three minutes on two quiet cores
+@pytest.mark.timeout(1800)
 def test_real_images(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every image of the shared data, of CIFAR-10 the first ones; the right pixels are those of `decode`."""
+    """The images of the shared data, of CIFAR-10 the first ones; the right pixels are those of `decode`.
+
+    Every sixth of the ordinary JPEGs; all of them, which takes five minutes, with EVERY_IMAGE=1.
+    """
     paths = [path for path in sorted(shared_data.rglob("*")) if path.suffix.lower().lstrip(".") in EXTENSIONS]
+    if not os.environ.get("EVERY_IMAGE"):
+        ordinary = [path for path in paths if "troublesome" not in path.parts and path.suffix.lower() != ".png"]
+        paths = sorted(set(paths) - set(ordinary) | set(ordinary[::6]))
     contents = {path.name: path.read_bytes() for path in paths}
     for tar in sorted(shared_data.glob("*.tar")):
         with tarfile.open(tar) as members:
@@ -202,7 +209,7 @@ def test_real_images(shared_data: Path, tmp_path: Path, monkeypatch: pytest.Monk
             files.append(File(name, content, decode(np.frombuffer(content, np.uint8))))
         except BadImage:
             files.append(File(name, content, None))
-    assert len(files) > 300
+    assert len(files) > 100
     faults = []
     for begin in range(0, len(files), TOGETHER):  # the preview's sheets would be too long
         folder = tmp_path / str(begin)

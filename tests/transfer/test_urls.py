@@ -1,6 +1,5 @@
 """Runs and results at URLs, against an S3 server on loopback: nothing ends in a local folder named `s3:`."""
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -88,6 +87,6 @@ def test_what_needs_a_local_folder_says_so(
     flags = {"embed": ["--run", "r", "--data", "d"], "probe": ["--train", "t", "--val", "v"]}[name]
     monkeypatch.setattr("sys.argv", [name, *flags, "--output", "s3://bucket/features"])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"transfer.{name}").parse()
+        getattr(arguments, name)()
     assert ended.value.code == 2
     assert "s3://bucket/features is a URL: this command needs a local folder" in capsys.readouterr().err
