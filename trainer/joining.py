@@ -28,13 +28,17 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
+def kept_off_gpus() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
 def check_driver() -> None:
     """Raises ValueError, with the command that helps, when the NVIDIA driver is older than the CUDA that torch was
     built for. torch itself only warns, and trains on the CPU.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     built_for = torch.version.cuda
-    if built_for is None or hidden or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if built_for is None or hidden or kept_off_gpus():
         return
     version = cuda_of_driver()
     if version is None or version[0] >= int(built_for.partition(".")[0]):
@@ -66,7 +70,7 @@ def joined() -> Iterator[Ranks]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     check_all_came(world_size)
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+    cpu = kept_off_gpus() or not torch.cuda.is_available()
     device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not cpu:
         torch.cuda.set_device(device)
@@ -91,7 +95,7 @@ def rejoin() -> None:
     if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+    on_cpu = kept_off_gpus() or not torch.cuda.is_available()
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         store=dist.PrefixStore(f"attempt_{attempt}", store),

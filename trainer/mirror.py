@@ -198,8 +198,7 @@ class Mirror:
     def _upload(self, path: Path, name: str) -> None:
         place, status = files.join(self.url, name), path.stat()
         fs, remote_path = files.file_system(place)
-        if remote_path.startswith("/"):  # a bucket has no folders
-            fs.makedirs(remote_path.rpartition("/")[0], exist_ok=True)
+        files.make_folder_of(place)
         retry(place, lambda: fs.put_file(str(path), remote_path))
         self._sent[str(path)] = (status.st_size, status.st_mtime_ns)
 
@@ -221,8 +220,7 @@ class Mirror:
         number = (numbers[-1] if numbers else 0) + 1
         place = self._place(number)
         fs, path = files.file_system(place)
-        if path.startswith("/"):
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        files.make_folder_of(place)
 
         def create() -> bool:
             try:

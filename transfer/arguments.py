@@ -30,12 +30,7 @@ def knn() -> Namespace:
     add_features_flag(parser)
     add("--k", type=PositiveInt, default=200, help="neighbours that vote; at most the number of training images")
     add("--temperature", type=PositiveFloat, default=0.1, help="votes weigh exp(similarity / temperature)")
-    add(
-        "--resize",
-        type=PositiveInt | None,
-        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
-    )
-    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
+    add_crop_flags(parser)
     add_precision_flag(parser, "similarities are always fp32")
     add("--num_threads", type=PositiveInt | None, help="decoding threads; all cores when left out")
     add_cache_flags(parser)
@@ -79,12 +74,7 @@ def embed() -> Namespace:
     add(
         "--views", type=NonNegativeInt, default=0, help="augmented views of each image to embed as well, as in training"
     )
-    add(
-        "--resize",
-        type=PositiveInt | None,
-        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
-    )
-    add("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
+    add_crop_flags(parser)
     add_precision_flag(parser, "features are always fp32")
     add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
     add("--seed", type=int, default=0, help="decides the augmented views")
@@ -221,6 +211,15 @@ def add_encoder_flags(parser: ArgumentParser) -> None:
     numbers: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
     add("--mean", **numbers, help=f"what pixels from 0 to 1 are normalised by: their mean; {usual}")
     add("--std", **numbers, help="and their standard deviation; with --mean")
+
+
+def add_crop_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--resize",
+        type=PositiveInt | None,
+        help="short side before the crop; by default 256 for 224, nothing to crop below 96",
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=256, help="images per forward pass and rank")
 
 
 def add_features_flag(parser: ArgumentParser) -> None:

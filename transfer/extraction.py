@@ -1,10 +1,10 @@
 """Images through an encoder, batch by batch: kNN, linear protocol, monitor, gallery and `embed` have this alone."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.labelled import NOT_AUGMENTED, Augmented
 from pipeline.sources.manifest import Source
@@ -19,6 +19,18 @@ class FeatureBatch(NamedTuple):
     labels: Tensor
     sample_ids: Tensor
     augmented: Tensor
+
+
+def embedding_by(
+    module: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]
+) -> Callable[[Tensor], Tensor]:
+    """A function images fp32 [b, 3, S, S] -> what `module`, in that number format, makes of them: [b, D]."""
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return module(images)  # type: ignore[no-any-return]
+
+    return embed
 
 
 def feature_batches(

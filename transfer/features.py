@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.files import write_atomically
 from pipeline.labelled import Augmented
@@ -19,7 +18,7 @@ from pipeline.sources.manifest import Source
 from pipeline.sources.storage import Storage, storage_for
 from trainer.joining import Ranks, all_ranks_agree, control_group, gather_objects
 from transfer.embedding import ABOUT, Part, assemble, part_path, save_part, shard_name
-from transfer.extraction import FeatureBatch, feature_batches
+from transfer.extraction import FeatureBatch, embedding_by, feature_batches
 from transfer.load import CentralCrops, LoadedEncoder, default_resize, weights_hash
 
 SMALLEST_PART, LARGEST_PART = 256, 16_384  # images
@@ -71,13 +70,9 @@ def embed_source(
         return about, 0
     module = module.to(device).to(memory_format=torch.channels_last)
 
-    def embed(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return module(images)  # type: ignore[no-any-return]
-
     mine = missing[len(missing) * rank // world_size : len(missing) * (rank + 1) // world_size]
     batches = feature_batches(
-        embed,
+        embedding_by(module, device, precision),
         source,
         CentralCrops(size, loaded.mean_std, resize, batch_size, num_threads, ranks),
         ranges=[ranges[n] for n in mine],

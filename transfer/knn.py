@@ -38,7 +38,7 @@ from pipeline.sources.opening import open_source
 from trainer.joining import joined
 from transfer.arguments import encoder_arguments
 from transfer.effective_rank import SecondMoment
-from transfer.extraction import feature_batches
+from transfer.extraction import embedding_by, feature_batches
 from transfer.load import CentralCrops, load_encoder
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
@@ -250,13 +250,7 @@ def main(args: Namespace) -> None:
     loaded = load_encoder(args.run, **about_encoder)
     with joined() as ranks:
         module = loaded.part(args.features).to(ranks.device).to(memory_format=torch.channels_last)
-
-        def embed(images: Tensor) -> Tensor:
-            if args.pixels:
-                return raw_pixels(images)
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                return module(images)
-
+        embed = raw_pixels if args.pixels else embedding_by(module, ranks.device, args.precision)
         train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
         if ranks.rank == 0:
             warn_of_overlap(train, val)

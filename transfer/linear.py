@@ -47,7 +47,7 @@ from trainer.build import lock_run_folder
 from trainer.joining import Ranks, joined
 from trainer.mirror import Mirror, local_folder
 from transfer.arguments import encoder_arguments
-from transfer.extraction import FeatureBatch, feature_batches
+from transfer.extraction import FeatureBatch, embedding_by, feature_batches
 from transfer.knn import check_classes, warn_of_overlap
 from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
 
@@ -154,10 +154,7 @@ def linear(
     classes = max(len(train.classes), largest + 1)
     encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
-    def embed(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return encoder.backbone(images)  # type: ignore[no-any-return]
-
+    embed = embedding_by(encoder.backbone, device, precision)
     torch.manual_seed(seed)
     heads = Heads(len(lrs), encoder.features, classes).to(device)
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, lrs)]

@@ -62,7 +62,7 @@ class CentralCrops:
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """The query encoder in fp32 on the CPU, in eval mode, with what is needed to crops it as it was trained."""
+    """The query encoder in fp32 on the CPU, in eval mode, with what is needed to feed it as it was trained."""
 
     encoder: Encoder
     recipe: Recipe  # of a MoCo file: what it says of its encoder, the usual values for the rest

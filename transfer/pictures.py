@@ -17,7 +17,7 @@ from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from pipeline.sources.storage import storage_for
 from transfer.embedding import Embedding, read_table
-from transfer.extraction import feature_batches
+from transfer.extraction import embedding_by, feature_batches
 from transfer.gallery import original
 from transfer.load import CentralCrops, load_encoder, weights_hash
 from transfer.similar import Pairs
@@ -84,7 +84,6 @@ def embed_files(images: Sequence[Path], about: dict[str, Any], run: str | None) 
 
     ValueError when the encoder is not the one that made them.
     """
-
     mean, std = (tuple(each) for each in about["mean_std"])
     size = about["image_size"]
     loaded = load_encoder(run or about["run"], untrained=about["untrained"], image_size=size, mean_std=(mean, std))
@@ -95,10 +94,7 @@ def embed_files(images: Sequence[Path], about: dict[str, Any], run: str | None) 
             f"step {about['step']}: name its checkpoint with --run, or embed again"
         )
 
-    def embed(x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=about["precision"] == "bf16"):
-            return module(x)  # type: ignore[no-any-return]
-
+    embed = embedding_by(module, torch.device("cpu"), about["precision"])
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(Path(folder) / "images.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, path in enumerate(images):

@@ -19,7 +19,7 @@ from pipeline import files
 from pipeline.packing.fetch import FAILED, fetch
 from pipeline.packing.prepare import Options, Rejected, prepare
 from pipeline.packing.survey import ListedImage
-from pipeline.sources.index import BLOCK, Component, format_index
+from pipeline.sources.index import BLOCK, LABEL_LISTS, Component, format_index
 
 COUNTERS: "ctypes.Array[ctypes.c_longlong] | None" = None  # in a local worker: shared memory that the bar reads
 COUNTER = 0  # where this worker counts its images; its bytes are counted in the next place
@@ -149,7 +149,7 @@ def _other_members(planned: PlannedImage, contents: list[bytes]) -> dict[str, An
     """The members beside the image: its label, its columns, and those that a WebDataset sample brought along."""
     parts = {sidecar.extension: data for sidecar, data in zip(planned.image.sidecars or (), contents)}
     if isinstance(planned.label, list):
-        parts["labels.json"] = json.dumps(planned.label).encode()
+        parts[LABEL_LISTS] = json.dumps(planned.label).encode()
     elif planned.label is not None:
         parts["cls"] = str(planned.label).encode()
     if planned.image.columns:

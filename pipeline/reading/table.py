@@ -3,12 +3,10 @@
 import json
 from typing import NamedTuple
 
-from pipeline.sources.index import key_of, read_components
+from pipeline.sources.index import LABEL_LISTS, key_of, read_components
 from pipeline.sources.manifest import Source
 from pipeline.sources.scan import read_index_text
 from pipeline.sources.storage import Storage
-
-LABEL_LISTS = "labels.json"  # the member in which make_shards keeps several labels of one image
 
 
 class Row(NamedTuple):

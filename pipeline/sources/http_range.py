@@ -25,7 +25,7 @@ class Declined(Exception):
     """An answer that is left to fsspec."""
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     scheme: str
     host: str
     port: int | None
@@ -36,7 +36,7 @@ class Connections:
     way."""
 
     def __init__(self) -> None:
-        self._idle: dict[Place, list[http.client.HTTPConnection]] = {}
+        self._idle: dict[Endpoint, list[http.client.HTTPConnection]] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -49,7 +49,7 @@ class Connections:
         parts = urlsplit(address)
         if "@" in parts.netloc or parts.fragment or parts.scheme not in ("http", "https"):
             raise Declined
-        place = Place(parts.scheme, parts.hostname or "", parts.port)
+        place = Endpoint(parts.scheme, parts.hostname or "", parts.port)
         target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe="/%:=&?~+!$,;'@()*[]-._")
         connection, answer = self._ask(place, target, start, end)
         is_spent = False
@@ -83,7 +83,7 @@ class Connections:
         return at
 
     def _ask(
-        self, place: Place, target: str, start: int, end: int
+        self, place: Endpoint, target: str, start: int, end: int
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """The answer's head. A kept connection that the server has closed meanwhile is opened again."""
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
@@ -107,7 +107,7 @@ class Connections:
                 if kept is None or isinstance(error, TimeoutError):
                     raise OSError(f"{type(error).__name__}: {error}") from error
 
-    def _new(self, place: Place) -> http.client.HTTPConnection:
+    def _new(self, place: Endpoint) -> http.client.HTTPConnection:
         if place.scheme == "http":
             return http.client.HTTPConnection(place.host, place.port, timeout=CONNECT_SECONDS)
         return http.client.HTTPSConnection(place.host, place.port, timeout=CONNECT_SECONDS, context=self._trusted)
@@ -116,7 +116,7 @@ class Connections:
     def _trusted(self) -> ssl.SSLContext:
         return ssl.create_default_context()  # which reads all certificates: once for all connections
 
-    def _keep(self, place: Place, connection: http.client.HTTPConnection) -> None:
+    def _keep(self, place: Endpoint, connection: http.client.HTTPConnection) -> None:
         with self._lock:
             if not self._closed.is_set():
                 self._idle.setdefault(place, []).append(connection)

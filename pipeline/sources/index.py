@@ -24,6 +24,7 @@ from pipeline.pixels.formats import EXTENSIONS as IMAGE_EXTENSIONS
 from pipeline.sources.tar import BLOCK, Member, lacks_end, walk_tar
 
 LABEL_EXTENSION = "cls"
+LABEL_LISTS = "labels.json"  # the member in which make_shards keeps several labels of one image
 LONGEST_INTEGER = 18  # digits of an offset or size in an index; the sum of two fits into an int64
 CLASSIFIED_TOGETHER = 1 << 16  # components of an index, to bound memory
 

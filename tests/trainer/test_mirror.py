@@ -149,7 +149,8 @@ def test_a_dead_writer_is_followed_after_its_lease(url: str, tmp_path: Path, mir
     save(tmp_path / "one", 2)
     first.push(keep=3)
     first._over.set()  # as a machine that is gone: nothing is renewed any more
-    time.sleep(0.5)
+    assert first._thread is not None
+    first._thread.join()
     began = time.monotonic()
     second = begun(mirrors, url, tmp_path / "two")
     assert 3.0 <= time.monotonic() - began < 30
