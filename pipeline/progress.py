@@ -125,8 +125,6 @@ def say_if_slow(what: str) -> threading.Timer:
 
     def say() -> None:
         with IGNORE_LOG_ERRORS:
-            if not what:
-                return
             if sys.stderr.isatty() and "tqdm" in sys.modules:
                 sys.modules["tqdm"].tqdm.write(f"{what} ...", file=sys.stderr)
             else:
@@ -134,7 +132,8 @@ def say_if_slow(what: str) -> threading.Timer:
 
     timer = threading.Timer(FEW_SECONDS, say)
     timer.daemon = True
-    timer.start()
+    if what:
+        timer.start()
     return timer
 
 
