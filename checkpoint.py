@@ -8,17 +8,20 @@ Nothing is unpickled but tensors and plain values (`weights_only`).
 import contextlib
 import os
 import pickle
+import re
 import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.files import writing_beside
+
+NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
 def directory(run_dir: str | Path) -> Path:
@@ -55,8 +58,12 @@ def list_steps(run_dir: str | Path) -> list[int]:
     """Steps of the checkpoints in a run folder, ascending. Other files there, such as somebody's copies, are
     left alone.
     """
-    names = (path.stem.removeprefix("step_") for path in directory(run_dir).glob("step_*.pt"))
-    return sorted(int(name) for name in names if name.isdigit() and len(name) >= 8)
+    return steps_in(path.name for path in directory(run_dir).glob("step_*.pt"))
+
+
+def steps_in(names: Iterable[str]) -> list[int]:
+    """The steps of those names that a checkpoint can have, ascending."""
+    return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
 
 def path_of(run_dir: str | Path, step: int) -> Path:

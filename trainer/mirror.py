@@ -32,7 +32,6 @@ POINTER = "checkpoints/latest.json"
 RENEW_SECONDS = 10.0
 LEASE_SECONDS = 45.0  # without a renewal for so long, the writer counts as dead
 WRITER = re.compile(r"writer-(\d{6})\.json")
-CHECKPOINT = re.compile(r"step_(\d{8,})\.pt")
 NOT_MIRRORED = ("checkpoints", "wandb")  # the first goes up by itself, W&B's files by W&B
 
 
@@ -158,8 +157,8 @@ class Mirror:
             self._push_checkpoint(newest)
             place = files.join(self.url, "checkpoints")
             there = retry(place, lambda: files.names(place))
-            steps = sorted(int(match[1]) for name in there if (match := CHECKPOINT.fullmatch(name)))
-            for step in checkpoint.superseded(steps, int(newest.stem[5:]), keep=keep, keep_every=keep_every):
+            (kept,) = checkpoint.steps_in([newest.name])
+            for step in checkpoint.superseded(checkpoint.steps_in(there), kept, keep=keep, keep_every=keep_every):
                 self._remove(f"checkpoints/{checkpoint.path_of(self.folder, step).name}")
         if not (self.folder / "finished").exists():  # the run goes on that had been finished
             self._remove("finished")
@@ -171,7 +170,8 @@ class Mirror:
 
     def _push_checkpoint(self, path: Path) -> None:
         self._upload(path, f"checkpoints/{path.name}")
-        pointer = {"step": int(path.stem[5:]), "file": path.name, "bytes": path.stat().st_size}
+        (step,) = checkpoint.steps_in([path.name])
+        pointer = {"step": step, "file": path.name, "bytes": path.stat().st_size}
         place = files.join(self.url, POINTER)
         retry(place, lambda: files.write(place, json.dumps(pointer).encode()))
 
@@ -239,7 +239,7 @@ class Mirror:
         """ValueError when objects are there that a run would write over, and no run of this program has been there."""
         saved = files.join(self.url, "checkpoints")
         there = [name for name in retry(self.url, lambda: files.names(self.url)) if name in WRITTEN_OVER]
-        there += [f"checkpoints/{n}" for n in retry(saved, lambda: files.names(saved)) if CHECKPOINT.fullmatch(n)]
+        there += [f"checkpoints/{n}" for n in retry(saved, lambda: files.names(saved)) if checkpoint.NAME.fullmatch(n)]
         if there:
             raise ValueError(f"{self.url} holds {min(there)} and no run of this program: give another --out")
 
