@@ -74,7 +74,8 @@ def joined() -> Iterator[Ranks]:
     device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not cpu:
         torch.cuda.set_device(device)
-    if world_size > 1:
+    rejoin()
+    if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if cpu else "nccl", device_id=None if cpu else device)
     yield Ranks(rank, world_size, device)
     if world_size > 1:  # not after an error: NCCL would wait there for the other ranks, and hide it
@@ -86,7 +87,8 @@ class CommonError(ValueError):
 
 
 def rejoin() -> None:
-    """Joins the ranks that torchrun restarted; to be called before the Accelerator, which then finds the group there.
+    """Joins the ranks that torchrun restarted; to be called before the Accelerator or `joined`, which
+    then find the group there.
 
     torchrun keeps one store over its restarts and torch puts no attempt into its keys, so that restarted ranks would
     look for each other at the addresses of the dead: "connectFullMesh failed, connection refused" (torch 2.15).

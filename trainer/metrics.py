@@ -14,15 +14,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-FIELDS = ("loss", "accuracy", "positive_logit", "negative_logit")  # of a row
+FIELDS = ("loss", "accuracy", "positive_logit", "negative_logit")  # of a row of train.py
 
 
 class Window:
     """The steps since the last log step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, row [4] and sample ids [N], on the device
+    def __init__(self, device: torch.device, fields: tuple[str, ...] = FIELDS) -> None:
+        self.device, self.fields = device, fields
+        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, row [F] and sample ids [N], on the device
         self.settled: list[list[float]] = []  # rows averaged over the ranks; part of the checkpoint
         self.waits_before: deque[float] = deque(maxlen=10)  # data_wait of the last log steps
         self.restart()
@@ -50,7 +50,7 @@ class Window:
             self.waits += time.perf_counter() - begun
 
     def add(self, step: int, rows: list[Tensor], sample_ids: Tensor) -> None:
-        """rows: [4] as FIELDS, of each pass of the step."""
+        """rows: [F] as `fields`, of each pass of the step."""
         self.pending.append((step, rows[0] if len(rows) == 1 else torch.stack(rows).mean(dim=0), sample_ids))
 
     def settle(self, gather: Callable[[Tensor], Tensor]) -> tuple[int, int, float] | None:
@@ -59,8 +59,8 @@ class Window:
         """
         if not self.pending:
             return None
-        mine = torch.stack([row for _, row, _ in self.pending])  # [n, 4]
-        table = gather(mine[None]).double().cpu()  # [ranks, n, 4]
+        mine = torch.stack([row for _, row, _ in self.pending])  # [n, F]
+        table = gather(mine[None]).double().cpu()  # [ranks, n, F]
         self.settled += table.mean(dim=0).tolist()
         bad = (~table[:, :, 0].isfinite()).T.nonzero()  # by step, then by rank
         if len(bad):
@@ -73,7 +73,7 @@ class Window:
         """The sample ids of one pending step, on this rank."""
         return next((ids.tolist() for s, _, ids in self.pending if s == step), [])
 
-    def means(self, images_per_step: int, temperature: float) -> dict[str, float]:
+    def means(self, images_per_step: int, temperature: float = 1.0) -> dict[str, float]:
         """The means of the rows settled since the last call, with the speed and the share of time lost waiting for
         data; restarts the clock. Empty when there are no rows: every step was skipped.
         """
@@ -81,8 +81,8 @@ class Window:
             self.restart()
             return {}
         count = len(self.settled)
-        values = {name: sum(column) / count for name, column in zip(FIELDS, zip(*self.settled))}
-        for name in ("positive_logit", "negative_logit"):  # the rows have cosines
+        values = {name: sum(column) / count for name, column in zip(self.fields, zip(*self.settled))}
+        for name in values.keys() & {"positive_logit", "negative_logit"}:  # the rows have cosines
             values[name] /= temperature
         self.settled.clear()
         seconds = max(time.perf_counter() - self.began, 1e-9)

@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 BEAT = 1.0  # seconds between two signs of life
-PATIENT = 1800.0  # seconds that start-up, kNN and saving may take
-UNHURRIED = ("start", "knn", "save")  # phases with that allowance
+PATIENT = 1800.0  # seconds that start-up, judging and saving may take
+UNHURRIED = ("start", "knn", "evaluate", "save")  # phases with that allowance
 
 Places = dict[int, tuple[int, int, str, str]]  # rank -> phases gone through, step, phase, host and process
 

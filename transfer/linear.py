@@ -22,8 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,13 +42,12 @@ from pipeline.progress import Progress
 from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
-from trainer.build import lock_run_folder
 from trainer.joining import Ranks, joined
-from trainer.mirror import Mirror, local_folder
 from transfer.arguments import encoder_arguments
 from transfer.extraction import FeatureBatch, embedding_by, feature_batches
 from transfer.knn import check_classes, warn_of_overlap
 from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
+from transfer.training import continue_from, mirrored, plain, write_rows
 
 DECAY_AFTER = (0.6, 0.8)  # of the epochs
 
@@ -163,25 +161,16 @@ def linear(
         "encoder": weights_hash(encoder.backbone), "train": train.fingerprint, "val": val.fingerprint,
         "image_size": loaded.image_size, "mean_std": loaded.mean_std, **asdict(protocol),
     }  # fmt: skip
-    settings = json.loads(json.dumps(settings))  # jsonargparse's number types would make the checkpoint unreadable
+    settings = plain(settings)
     rows, begun = list[dict[str, Any]](), 0
     metrics = out / "metrics.jsonl"
-    if (state := shared(lambda: checkpoint.load_newest(out), ranks)) is not None:
-        if not isinstance(state.get("settings"), dict):
-            raise ValueError(
-                f"{checkpoint.directory(out)} holds no checkpoints of a linear classifier: take another --out"
-            )
-        before = {"mean_std": settings["mean_std"]} | state["settings"]  # older checkpoints do not say it
-        if changed := [name for name, value in settings.items() if before.get(name) != value]:
-            was = ", ".join(f"{name} was {before.get(name)} and is {settings[name]}" for name in changed)
-            raise ValueError(f"{out} holds another experiment: {was}; take another --out, or delete it")
+    unsaid = {"mean_std": settings["mean_std"]}
+    if (state := continue_from(out, settings, ranks, "linear classifier", unsaid=unsaid)) is not None:
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         rows, begun = state["rows"], state["epoch"]
         if rank == 0:  # a kill may have come between the checkpoint and this
             write_rows(metrics, rows)
-    elif shared(metrics.exists, ranks):
-        raise ValueError(f"{metrics} is of no classifier that this program began: take another --out, or move it away")
     model = DistributedDataParallel(heads) if world_size > 1 else heads
     common: dict[str, Any] = {
         "image_size": loaded.image_size, "mean_std": loaded.mean_std, "rank": rank, "world_size": world_size,
@@ -221,10 +210,6 @@ def linear(
     return rows[-len(lrs) :]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
 def decay(epoch: int, epochs: int) -> float:
     """The factor on the learning rate in this epoch, counted from 0."""
     return 0.1 ** sum(epoch >= share * epochs for share in DECAY_AFTER)
@@ -247,41 +232,6 @@ def largest_label(source: Source, name: str, ranks: Ranks, progress: bool) -> in
             "source"
         )
     return high
-
-
-def shared(read: Callable[[], Any], ranks: Ranks) -> Any:
-    """The content that rank 0 reads, on all ranks: not every machine has to see the folder."""
-    box = [read() if ranks.rank == 0 else None]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(box, src=0, device=ranks.device)
-    return box[0]
-
-
-@contextmanager
-def mirrored(out: str, rank: int) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """The local folder of `out`, and a function that uploads what is new in it when `out` is a URL; rank 0 alone does.
-
-    A failing upload is a warning until the last one, at the end: OSError. Errors at the start as `Mirror.begin`.
-    """
-    folder = local_folder(out)
-    if rank or not files.is_remote(out):
-        yield folder, lambda: None
-        return
-    lock_run_folder(folder)
-    mirror = Mirror(out, folder)
-
-    def upload() -> None:
-        try:
-            mirror.push(keep=1)
-        except OSError as error:
-            print(f"warning: this epoch is saved in {folder} alone ({error})", file=sys.stderr, flush=True)
-
-    try:
-        mirror.begin()
-        yield folder, upload
-        mirror.push(keep=1)
-    finally:
-        mirror.close()
 
 
 def main(args: Namespace) -> None:

@@ -85,7 +85,7 @@ def test_files_of_others_are_not_written_over(
 ) -> None:
     """A run folder as --out, before and after its first checkpoint. What a kill left out is added."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl is of no classifier that this program began"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl is of no linear classifier that this program began"):
         linear.linear(encoder(), *sources, tmp_path, replace(SMALL, lr=[0.3]), **HOW)
     checkpoint.save(tmp_path, {"step": 1}, step=1, keep=1)
     with pytest.raises(ValueError, match=r"holds no checkpoints of a linear classifier: take another --out"):
