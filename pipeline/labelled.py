@@ -173,6 +173,7 @@ def train_batches(
     dtype: torch.dtype = torch.float32,
     num_threads: int | None = None,
     max_bad_fraction: float = 0.01,
+    ids: np.ndarray | None = None,
 ) -> Iterator[LabelledBatch]:
     """This rank's share of batches `start`, `start` + 1, ... of the seed's order, without end.
 
@@ -180,11 +181,12 @@ def train_batches(
 
     `batch_size` is global. The last batch of an epoch holds what is left, as main_lincls.py has it: 5,005 batches of
     ImageNet at 256. That of a mixture, whose sources have epochs of their own, is full. A bad sample is replaced.
+    `ids` int64 [n]: only these, all of them in each epoch, shuffled over all shards.
     ValueError when the source holds less than a batch, or too much of it is bad.
     """
     storage = storage_for(source)
     reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
-    order = make_order(source, batch_size, seed)
+    order = train_order(source, batch_size, seed, ids)
     order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
     ahead = ShardsAhead(source, storage, order, rank, world_size)
 
@@ -201,10 +203,13 @@ def train_batches(
         while True:
             epoch, within = divmod(step, batches_per_epoch(order))
             if within < order.steps_per_epoch:
-                ahead.reach(epoch, within)
+                if ids is None:
+                    ahead.reach(epoch, within)
                 draw = order.draw(epoch, within, rank, world_size)
             else:
                 draw = order.draw_rest(epoch, rank, world_size)
+            if ids is not None:  # the order is one of places in `ids`
+                draw = draw_of_ids(source, ids[draw.row])._replace(epochs=draw.epochs)
             yield with_view(reader.read(draw))
             step += 1
 
@@ -216,6 +221,13 @@ def train_batches(
         items(), decode_with_pillow, reader, storage, share, image_size, mean_std, device, dtype, num_threads
     )
     yield from (batch for batch, _ in batches)
+
+
+def train_order(source: Source, batch_size: int, seed: int, ids: np.ndarray | None = None) -> Order:
+    """The order of `train_batches`. ValueError when there is less than a batch."""
+    return (
+        make_order(source, batch_size, seed) if ids is None else Order([[len(ids)]], batch_size=batch_size, seed=seed)
+    )
 
 
 def batches_per_epoch(order: Order) -> int:

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from pipeline.command import add_cache_flags
 from pipeline.files import is_remote
@@ -15,6 +22,7 @@ from pipeline.files import is_remote
 RUN = "run folder or its URL, a checkpoint of a run, or a MoCo .pth.tar"
 SOURCE = "(folder of shards, URL, card)"
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
+Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 Similarity = restricted_number_type("Similarity", float, [(">=", -1), ("<=", 1)])
 
 
@@ -56,6 +64,54 @@ def linear() -> Namespace:
     add("--weight_decay", type=float, default=0.0, help="weight decay of SGD")
     add_precision_flag(parser, "the classifier is fp32")
     add("--seed", type=int, default=0, help="seed of the classifier's weights, of order and crops")
+    add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
+def finetune() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.finetune",
+        description="Fine-tuning: accuracy of a classifier whose layers are all trained, from an encoder on; the last "
+        "line is one JSON object.",
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="a YAML of the flags below, as in recipes/finetune; flags after it override")
+    add_encoder_flags(parser)
+    add("--train", type=str, required=True, help=f"labelled source to train on {SOURCE}")
+    add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
+    add("--out", type=str | None, help="folder of log, checkpoint and model, or its URL; RUN/finetune when left out")
+    add(
+        "--fraction",
+        type=Share,
+        nargs="+",
+        default=[1.0],
+        help="parts of each class's training images, a training for each: the same images for everybody",
+    )
+    add("--lr", type=PositiveFloat, default=0.03, help="learning rate of the backbone")
+    add("--lr_head", type=PositiveFloat | None, help="that of the new last layer; that of the backbone when left out")
+    add("--epochs", type=PositiveInt, default=100, help="passes over the training images")
+    add("--batch_size", type=PositiveInt, default=256, help="images per step over all ranks")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--weight_decay", type=float, default=1e-4, help="weight decay, on batch norm and biases too")
+    add("--schedule", type=Literal["step", "cosine", "constant"], default="step", help="of both learning rates")
+    add(
+        "--milestones",
+        type=NonNegativeInt,
+        nargs="*",
+        default=[30, 60, 90],
+        help="epochs at which the step schedule multiplies by --decay",
+    )
+    add("--decay", type=PositiveFloat, default=0.1, help="factor of the step schedule")
+    add("--warmup_epochs", type=NonNegativeInt, default=0, help="epochs over which the rates rise to their values")
+    add(
+        "--precision",
+        type=Literal["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="number format of forward and backward pass; weights are always fp32, fp16 needs a GPU",
+    )
+    add("--seed", type=int, default=0, help="seed of the last layer's weights, of order and crops; not of --fraction")
+    add_training_flags(parser)
     add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
     add_cache_flags(parser)
     return parser.parse_args()
@@ -211,6 +267,20 @@ def add_encoder_flags(parser: ArgumentParser) -> None:
     numbers: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
     add("--mean", **numbers, help=f"what pixels from 0 to 1 are normalised by: their mean; {usual}")
     add("--std", **numbers, help="and their standard deviation; with --mean")
+
+
+def add_training_flags(parser: ArgumentParser) -> None:
+    """How a training of transfer/training.py is watched; none of it changes what it comes to."""
+    add = parser.add_argument
+    add("--evaluate_every", type=NonNegativeInt, default=10, help="epochs between evaluations; 0: only at the end")
+    add("--log_every", type=PositiveInt, default=20, help="steps between log lines; each one waits for the GPU")
+    add("--save_every", type=PositiveInt, default=1000, help="steps between checkpoints")
+    add(
+        "--hang_seconds",
+        type=NonNegativeFloat,
+        default=600.0,
+        help="end all ranks when one makes no step for so long (or five times the slowest so far); 0: never",
+    )
 
 
 def add_crop_flags(parser: ArgumentParser) -> None:

@@ -22,6 +22,7 @@ PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
     ("loss", "loss"),
     ("lr", "learning rate"),
     ("knn", "kNN accuracy"),
+    ("top1", "top-1 accuracy"),
     ("rankme", "RankMe"),
     ("images_per_second", "images per second"),
 )

@@ -46,6 +46,15 @@ def classifier_state(folder: Path, loaded: LoadedEncoder) -> dict[str, torch.Ten
     return {f"fc.{name}": saved["heads"][f"layers.{best}.{name}"] for name in ("weight", "bias")}
 
 
+def write_state(state: dict[str, torch.Tensor], output: str | Path, loaded: LoadedEncoder) -> None:
+    """A state dict: as safetensors, which says what it is of, when `output` ends so, else by torch.save."""
+    with files.writing(str(output)) as written:
+        if str(output).endswith(".safetensors"):
+            written.write(serialize(state, metadata={"source": loaded.name, "step": str(loaded.step)}))
+        else:
+            torch.save(state, written)
+
+
 def building_code(r: Recipe) -> str:
     """Python that makes `net`, the model which the torchvision format of such an encoder fits: a small stem or other
     widths are in no model of torchvision by name."""
@@ -102,11 +111,7 @@ def export(
         state = torchvision_state(loaded)
         if linear is not None:
             state |= classifier_state(linear, loaded)
-        with files.writing(str(output)) as written:
-            if str(output).endswith(".safetensors"):
-                written.write(serialize(state, metadata={"source": loaded.name, "step": str(loaded.step)}))
-            else:
-                torch.save(state, written)
+        write_state(state, output, loaded)
         return output
     content = _moco_content(run, loaded)
     with files.writing(str(output)) as written:

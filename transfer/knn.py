@@ -33,12 +33,13 @@ from torch import Tensor
 
 from pipeline.command import cache_arguments, command
 from pipeline.progress import Progress
-from pipeline.sources.manifest import Source, shared_samples
+from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
 from transfer.arguments import encoder_arguments
 from transfer.effective_rank import SecondMoment
 from transfer.extraction import embedding_by, feature_batches
+from transfer.labels import check_classes, gather_rows, warn_of_overlap
 from transfer.load import CentralCrops, load_encoder
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
@@ -144,42 +145,11 @@ def classify(
     predictions = []
     for j in range(0, len(test_features), TEST_CHUNK):  # in slices: all candidates of 64 ranks at once would be 8 GB
         rows = slice(j, j + TEST_CHUNK)
-        candidates = torch.cat(_all_gather(similarities[rows], device, group), dim=1)  # [m, W*k]
-        theirs = torch.cat(_all_gather(labels[rows], device, group), dim=1)
+        candidates = torch.cat(gather_rows(similarities[rows], device, group), dim=1)  # [m, W*k]
+        theirs = torch.cat(gather_rows(labels[rows], device, group), dim=1)
         best, order = candidates.topk(k, dim=1)
         predictions.append(vote(best, theirs.gather(1, order), classes, temperature))
     return torch.cat(predictions)
-
-
-def _all_gather(x: Tensor, device: str | torch.device, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's x, of any number of rows each, on the CPU; through `device`, where the group's back-end works."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=device), group=group)
-    lengths = [int(c) for c in counts]
-    padded = torch.zeros((max(lengths), *x.shape[1:]), dtype=x.dtype, device=device)
-    padded[: len(x)] = x.to(device)
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded, group=group)
-    return [part[:n].cpu() for part, n in zip(parts, lengths)]
-
-
-def check_classes(train: Source, val: Source) -> None:
-    """Raises ValueError when the two name their classes differently."""
-    if train.classes and val.classes and tuple(train.classes) != tuple(val.classes):
-        raise ValueError(
-            f"the two sources do not have the same classes: {len(train.classes)} ({', '.join(train.classes[:3])}, ...) "
-            f"and {len(val.classes)} ({', '.join(val.classes[:3])}, ...); make both from folders of the same names"
-        )
-
-
-def warn_of_overlap(train: Source, val: Source) -> None:
-    """Says it when images are judged that kNN also looks among, or a classifier learns from: the figure is too high."""
-    if shared := shared_samples(train, val):
-        print(
-            f"warning: {shared:,} of the {val.samples:,} images that are judged are in the train source too, where kNN "
-            "finds each of them itself: the accuracy is too high; judge with a source of other images",
-            file=sys.stderr,
-        )
 
 
 def evaluate(
@@ -210,7 +180,7 @@ def evaluate(
     largest = int(max(train_labels.max(), test_labels.max()))
     missing = [int((train_labels < 0).sum()), int((test_labels < 0).sum())]
     if group is not None:
-        facts = _all_gather(torch.tensor([[total, largest, *missing]]), device, group)
+        facts = gather_rows(torch.tensor([[total, largest, *missing]]), device, group)
         together = torch.cat(facts)
         total, largest = int(together[:, 0].sum()), int(together[:, 1].max())
         missing = [
@@ -223,8 +193,8 @@ def evaluate(
                 "make the shards from class folders, or name a labelled source"
             )
     if group is not None:
-        test_features = torch.cat(_all_gather(test_features, device, group))
-        test_labels = torch.cat(_all_gather(test_labels, device, group))
+        test_features = torch.cat(gather_rows(test_features, device, group))
+        test_labels = torch.cat(gather_rows(test_labels, device, group))
     if k > total and progress and rank == 0:
         print(f"k {k} is more than the {total} training images: using k {total}", file=sys.stderr)
     k = min(k, total)

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from pipeline import files
 from pipeline.command import cache_arguments, command
-from pipeline.labelled import batches_per_epoch, read_labels, train_batches
+from pipeline.labelled import batches_per_epoch, train_batches
 from pipeline.progress import Progress
 from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
@@ -45,7 +45,7 @@ from pipeline.sources.opening import open_source
 from trainer.joining import Ranks, joined
 from transfer.arguments import encoder_arguments
 from transfer.extraction import FeatureBatch, embedding_by, feature_batches
-from transfer.knn import check_classes, warn_of_overlap
+from transfer.labels import check_classes, hits, labels_of, warn_of_overlap
 from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
 from transfer.training import continue_from, mirrored, plain, write_rows
 
@@ -113,11 +113,7 @@ def validate(heads: Heads, batches: Iterable[FeatureBatch], device: torch.device
     """Counts over this rank's part, int64 [L, 3]: right at once, among the first five, images."""
     counts = torch.zeros(len(heads.layers), 3, dtype=torch.int64, device=device)
     for batch in batches:
-        logits = heads(batch.features)  # [L, n, C]
-        best = logits.topk(min(5, logits.shape[2]), dim=2).indices  # [L, n, 5]
-        hits = best == batch.labels[:, None]
-        seen = torch.full((len(logits),), len(batch.labels), device=device)
-        counts += torch.stack([hits[:, :, 0].sum(dim=1), hits.sum(dim=(1, 2)), seen], dim=1)
+        counts += hits(heads(batch.features), batch.labels)  # [L, n, C]
     return counts
 
 
@@ -148,7 +144,9 @@ def linear(
     steps = batches_per_epoch(order)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)  # not found to be impossible after an epoch
-    largest = max(largest_label(source, name, ranks, progress) for source, name in ((train, "train"), (val, "val")))
+    largest = max(
+        int(labels_of(source, name, ranks, progress).max()) for source, name in ((train, "train"), (val, "val"))
+    )
     classes = max(len(train.classes), largest + 1)
     encoder = loaded.encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -213,25 +211,6 @@ def linear(
 def decay(epoch: int, epochs: int) -> float:
     """The factor on the learning rate in this epoch, counted from 0."""
     return 0.1 ** sum(epoch >= share * epochs for share in DECAY_AFTER)
-
-
-def largest_label(source: Source, name: str, ranks: Ranks, progress: bool) -> int:
-    """Over all ranks. Raises ValueError when an image has no label, on all of them."""
-    low, high = 0, 0
-    with Progress(f"{name} labels" if progress and ranks.rank == 0 else "", source.samples, unit="labels") as shown:
-        for labels in read_labels(source, rank=ranks.rank, world_size=ranks.world_size):
-            low, high = min(low, int(labels.min())), max(high, int(labels.max()))
-            shown.advance(len(labels) * ranks.world_size)
-    if ranks.world_size > 1:
-        both = torch.tensor([-low, high], device=ranks.device)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        low, high = -int(both[0]), int(both[1])
-    if low < 0:
-        raise ValueError(
-            f"not every image of the {name} source has a label; make the shards from class folders, or name a labelled "
-            "source"
-        )
-    return high
 
 
 def main(args: Namespace) -> None:

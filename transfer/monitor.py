@@ -18,7 +18,8 @@ from recipe import Recipe
 from trainer.joining import Ranks
 from transfer.effective_rank import SecondMoment
 from transfer.extraction import feature_batches
-from transfer.knn import evaluate, warn_of_overlap
+from transfer.knn import evaluate
+from transfer.labels import warn_of_overlap
 from transfer.load import CentralCrops
 
 RANKED_IMAGES, RANKED_RANGES = 4096, 16  # of the training source, where there is no knn_data

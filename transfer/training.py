@@ -167,6 +167,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """ValueError for one that this device does not have."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+
+
 def train(
     at: Session,
     net: nn.Module,
@@ -201,8 +207,7 @@ def train(
     Raises FloatingPointError when a loss is not finite, OSError when the last steps could not be saved.
     """
     rank, world_size, device = at.ranks
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+    check_precision(precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     window, step = Window(device, fields), 0
     if state is not None:

@@ -1,6 +1,5 @@
 """The linear protocol: a frozen encoder, learning rates that do not touch each other, ranks, interruptions."""
 
-import io
 import json
 import signal
 import subprocess
@@ -14,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coloured import coloured
 from conftest import REPOSITORY, cpu_environment
-from PIL import Image
-from sample_shards import write_shards
 
 import checkpoint
 from model.encoders import build_encoder
@@ -32,18 +30,6 @@ from transfer.load import LoadedEncoder
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = linear.Protocol([0.3], epochs=5, batch_size=20)
 HOW: dict[str, Any] = {"num_threads": 1, "ranks": ALONE}
-
-
-def coloured(folder: Path, count: int, seed: int, labelled: bool = True) -> Path:
-    """Noisy pictures of three colours; the colour is the label."""
-    rng, files = np.random.default_rng(seed), list[tuple[str, bytes, int | None]]()
-    for i in range(count):
-        noise = rng.integers(0, 90, (24, 24, 3))
-        noise[:, :, i % 3] += 90
-        file = io.BytesIO()
-        Image.fromarray(noise.astype(np.uint8)).save(file, "PNG")
-        files.append((f"{i}.png", file.getvalue(), i % 3 if labelled else None))
-    return write_shards(folder, files, 16)
 
 
 @pytest.fixture(scope="module")
