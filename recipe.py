@@ -3,6 +3,7 @@ nothing below the entry point sees it (pipeline and model take plain arguments).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -70,9 +71,20 @@ class Recipe:
     shuffle_bn: bool = _(True, "shuffle the keys over the batch-norm groups; without it pretext accuracy nears 100 %%")
 
     # --- views
-    views: str = _("v2", "augmentation recipe: v1, v2, or cifar, that of the reference CIFAR-10 demo")
+    views: str | Mapping[str, Any] = _(
+        "v2", "augmentation recipe: v1, v2, cifar, byol, byol_key, or a YAML file of the fields in docs/data.md"
+    )
+    key_views: str | Mapping[str, Any] = _("", "another one for the keys' views; empty: that of --views")
     image_size: int = _(224, "side of a view in pixels")
-    crop_min: float = _(0.2, "smallest share of the image's area in a random crop")
+    crop_min: float | None = _(
+        None, "smallest share of the image's area in a random crop; when left out that of --views, 0.2 but for byol's"
+    )
+    mean: tuple[float, float, float] | None = _(
+        None, "mean of the channels, pixels from 0 to 1, by which views are normalised; when left out that of --views"
+    )
+    std: tuple[float, float, float] | None = _(
+        None, "and their standard deviation; pipeline.statistics measures both; when left out that of --views"
+    )
 
     # --- optimiser
     epochs: int = _(200, "passes over the data, and the period of the step and cosine schedules; 0: until max_steps")
@@ -135,8 +147,10 @@ class Recipe:
             raise ValueError(f"epochs 0 needs max_steps, and a schedule that is none of {', '.join(BY_EPOCH)}")
         if not 0 <= self.moco_momentum <= 1:
             raise ValueError(f"moco_momentum is {self.moco_momentum}; it must be between 0 and 1")
-        if not 0 < self.crop_min <= 1:
+        if self.crop_min is not None and not 0 < self.crop_min <= 1:
             raise ValueError(f"crop_min is {self.crop_min}; it must be above 0 and at most 1")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: give both, three numbers each, for pixels from 0 to 1")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} micro-batches"
@@ -244,7 +258,11 @@ def parser() -> ArgumentParser:
     for f in dataclasses.fields(Recipe):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        group.add_argument(f"--{f.name}", type=types[f.name], default=f.default, help=f.metadata["help"])
+        about: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
+        if f.name in ("mean", "std"):  # three words, as for the commands in transfer/
+            group.add_argument(f"--{f.name}", type=float, nargs=3, metavar=("R", "G", "B"), **about)
+        else:
+            group.add_argument(f"--{f.name}", type=types[f.name], **about)
     return parser
 
 

@@ -60,6 +60,7 @@ from trainer.log import Log
 from trainer.metrics import Window, memory_gb, norm, norm_of_gradients
 from trainer.mirror import Mirror, local_folder, pull
 from trainer.profiling import WARM_UP, Profile
+from trainer.run_views import resolved
 from trainer.schedule import key_momentum, learning_rate
 from trainer.signals import Stop
 from trainer.watching import Watchdog
@@ -108,6 +109,7 @@ def set_up(
     phase: Callable[[str], None] = watchdog.phase
     with all_ranks_agree(control):
         build.check_options(r, ranks, device)
+        r = resolved(r)
         if rank == 0:
             build.lock_run_folder(out)
             if mirror is not None:

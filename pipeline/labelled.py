@@ -13,7 +13,7 @@ import torch
 from pipeline.loader import usual_threads
 from pipeline.pixels import views
 from pipeline.pixels.graph import Graph, lend
-from pipeline.pixels.views import MeanStd
+from pipeline.pixels.view_recipe import RECIPES, MeanStd, ViewRecipe
 from pipeline.reading.ahead import Decoding, EncodedBatch, ShardsAhead, any_remote, prefetch_shards
 from pipeline.reading.order import Order, draw_of_ids, make_order
 from pipeline.reading.reader import Reader, Samples
@@ -37,8 +37,7 @@ class Augmented(NamedTuple):
     """So many views of each image as pre-training makes them; those of one seed are always the same."""
 
     number: int
-    recipe: str = "v2"  # one of views.RECIPES
-    crop_min: float = 0.2
+    recipe: ViewRecipe = RECIPES["v2"]
     seed: int = 0
 
 
@@ -120,7 +119,7 @@ def augmented_batches(
         sizes: dict[str, Any] = {"heights": samples.heights, "widths": samples.widths, "image_size": image_size}
         for view in range(augmented.number):
             keys: dict[str, Any] = {"epochs": samples.draw.epochs, "sample_ids": samples.draw.sample_ids, "view": view}
-            keys |= {"seed": augmented.seed, "crop_min": augmented.crop_min}
+            keys["seed"] = augmented.seed
             rows.append(views.sample_views(augmented.recipe, **keys, **sizes))
         lent = lend(samples.encoded, rows, image_size=image_size, device=device)
         return EncodedBatch(samples, lent, reader.labels(samples.draw))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import add_cache_flags, cache_arguments, command
-from pipeline.pixels.views import RECIPES, MeanStd, Views, describe, mean_std, sample_views
+from pipeline.pixels.view_recipe import AnyViews, MeanStd, add_view_flags, view_pair
+from pipeline.pixels.views import Views, describe, sample_views
 
 if __name__ == "__main__":
     # Before torch and DALI, whose import takes seconds: --help and a mistyped flag answer at once.
@@ -22,10 +23,9 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--data", required=True, help="folder of shards, tar, brace pattern, URL or YAML card")
     add("--output", required=True, help="the picture to write, .png")
-    add("--views", default="v2", choices=RECIPES, help="augmentation recipe")
+    add_view_flags(parser)
     add("--count", type=int, default=6, help="number of images on the sheet")
     add("--image_size", type=int, default=224, help="side of a view in pixels")
-    add("--crop_min", type=float, default=0.2, help="smallest share of the image's area in a random crop")
     add("--seed", type=int, default=0, help="seed of order and views")
     add("--epoch", type=int, default=0, help="epoch whose first images are shown")
     add_cache_flags(parser)
@@ -49,7 +49,8 @@ COLOURS = ((220, 40, 40), (40, 90, 230))  # query, key
 LEGEND = (
     "red: query, blue: key. crop: width x height at left,top, in pixels of the original; flip: mirrored",
     "b c s: factor on brightness, contrast, saturation; h: shift of hue, 1 is once round the colour circle; in the",
-    "order in which they are applied. grey: greyscale; blur: sigma of the Gaussian blur, in pixels of the view",
+    "order in which they are applied. grey: greyscale; blur: sigma of the Gaussian blur, in pixels of the view;",
+    "solarise: levels of 255 from it on are inverted",
 )
 FOOT = 20 * len(LEGEND) + GAP  # height of the legend, in pixels
 
@@ -58,16 +59,19 @@ def preview(
     data: str,
     output: str | Path,
     *,
-    views: str = "v2",
+    views: AnyViews = "v2",
+    key_views: AnyViews | None = None,
     count: int = 6,
     image_size: int = 224,
-    crop_min: float = 0.2,
+    crop_min: float | None = None,
     seed: int = 0,
     epoch: int = 0,
     cache_dir: str | None = None,
     cache_bytes: int = CachePlace.limit,
 ) -> None:
-    """Writes the sheet: `count` rows of original, query and key. ValueError when the source has fewer samples."""
+    """Writes the sheet: `count` rows of original, query and key. ValueError when the source has fewer samples, and as
+    `view_pair`."""
+    recipes = view_pair(views, key_views, crop_min=crop_min)
     source = open_source(data, cache_dir=cache_dir, cache_bytes=cache_bytes)
     storage = storage_for(source)
     reader = Reader(source, storage)
@@ -75,7 +79,7 @@ def preview(
         samples = reader.read(make_order(source, count, seed).draw(epoch, 0))
     rows = [
         sample_views(
-            views,
+            recipe,
             seed=seed,
             epochs=samples.draw.epochs,
             sample_ids=samples.draw.sample_ids,
@@ -83,11 +87,10 @@ def preview(
             heights=samples.heights,
             widths=samples.widths,
             image_size=image_size,
-            crop_min=crop_min,
         )
-        for view in range(2)
+        for view, recipe in enumerate(recipes)
     ]
-    pixels = _rendered(samples.encoded, rows, image_size, mean_std(views))
+    pixels = _rendered(samples.encoded, rows, image_size, recipes[0].mean_std)
     labels = reader.labels(samples.draw).tolist()
     width, height = 3 * CELL + 4 * GAP, count * (CELL + PRINT + GAP) + GAP + FOOT
     sheet = Image.new("RGB", (width, height), "white")

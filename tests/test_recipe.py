@@ -8,9 +8,12 @@ from conftest import REPOSITORY
 
 import checkpoint
 import recipe as recipes
+from pipeline.pixels.view_recipe import RECIPES as VIEWS
+from pipeline.pixels.view_recipe import ViewRecipe
 from recipe import Recipe
 from trainer import build
 from trainer.resume import compare_recipes
+from trainer.run_views import resolved, run_views, views_in_words
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 GOOD = Recipe(data="shards/a", out="runs/a")
@@ -64,6 +67,7 @@ def test_print_config_shows_what_will_run(capsys: pytest.CaptureFixture[str]) ->
         ({"queue_size": 0}, "queue_size is 0"),
         ({"moco_momentum": 1.5}, "moco_momentum is 1.5"),
         ({"crop_min": 0.0}, "crop_min is 0.0"),
+        ({"mean": (0.5, 0.5, 0.5)}, "mean and std belong together"),
         ({"epochs": 0}, "epochs 0 needs max_steps"),
         ({"epochs": -5, "max_steps": 10, "schedule": "constant"}, "epochs is -5; it cannot be negative"),
         ({"seed": -1}, "seed is -1"),
@@ -125,6 +129,43 @@ def test_a_run_folder_refuses_another_recipe_and_says_what_differs(tmp_path: Pat
     assert not any(note.startswith("out ") for note in notes)
     with pytest.raises(ValueError, match=r"lr 0\.03 there and 0\.1 now.*another --out"):
         compare_recipes(tmp_path, replace(GOOD, lr=0.1))
+
+
+def test_views_are_written_out_and_compared_as_they_are(tmp_path: Path) -> None:
+    """A file may change or go; an older version wrote a name and a crop_min into recipe.yaml."""
+    (tmp_path / "own.yaml").write_text("{blur: 0.1, solarise: 0.2}")
+    own = resolved(replace(GOOD, views=str(tmp_path / "own.yaml"), crop_min=0.3, mean=(0.1,) * 3, std=(0.2,) * 3))
+    (tmp_path / "own.yaml").unlink()
+    recipes.save(own, tmp_path / "recipe.yaml")
+    loaded = recipes.load(tmp_path / "recipe.yaml")
+    assert loaded == own == resolved(own)
+    query, key = run_views(loaded)
+    assert query == key == ViewRecipe(crop_scale=(0.3, 1), blur=0.1, solarise=0.2, mean=(0.1,) * 3, std=(0.2,) * 3)
+    pair = resolved(replace(GOOD, views="byol", key_views="byol_key"))
+    assert run_views(pair) == (VIEWS["byol"], VIEWS["byol_key"]) and views_in_words(pair) == "byol and byol_key"
+
+    checkpoint.save(tmp_path, {}, step=1, keep=1)
+    (tmp_path / "recipe.yaml").write_text("{data: shards/a, out: runs/a, views: v2, crop_min: 0.2}")
+    for same in (GOOD, resolved(GOOD), replace(GOOD, views=VIEWS["v2"].to_dict(), key_views="v2")):
+        assert compare_recipes(tmp_path, same) == []
+    for change, says in (
+        ({"views": "byol"}, r"views\.blur 0\.5 there and 1\.0 now"),
+        ({"key_views": "byol_key", "crop_min": 0.2}, r"key_views\.solarise None there and 0\.2 now"),
+        ({"crop_min": 0.08}, r"views\.crop_scale \[0\.2, 1\.0\] there and \[0\.08, 1\.0\] now"),
+        ({"mean": (0.5,) * 3, "std": (0.2,) * 3}, r"views\.mean \[0\.485.* now"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            compare_recipes(tmp_path, replace(GOOD, **change))  # type: ignore[arg-type]
+
+
+def test_flags_for_views(capsys: pytest.CaptureFixture[str]) -> None:
+    r = recipes.parse(
+        ["--views", "byol", "--key_views", "own.yaml", "--mean", "0.1", "0.2", "0.3", "--std", "1", "1", "1"]
+    )
+    assert (r.views, r.key_views, r.mean, r.std, r.crop_min) == ("byol", "own.yaml", (0.1, 0.2, 0.3), (1, 1, 1), None)
+    with pytest.raises(SystemExit):
+        recipes.parse(["--mean", "0.1"])
+    assert "--mean" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

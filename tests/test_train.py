@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from training import Runs, log_of, losses, metrics, wait_for_step
 
 import checkpoint
+from transfer.load import load_encoder
 
 STEPS = 20  # 60 images, 12 a step, 4 epochs
 
@@ -59,6 +61,27 @@ def test_killed_ten_times_the_losses_are_bit_identical(
     one, other = (checkpoint.load(checkpoint.path_of(run, STEPS)) for run in (out, undisturbed))
     for part in ("encoder", "moco", "optimizer", "loader"):
         assert_same(one[part], other[part])
+
+
+def test_own_views_are_kept_in_the_run_folder(runs: Runs, shards_dir: Path, tmp_path: Path) -> None:
+    """The file that they came from may change or go; what judges the run normalises as it did."""
+    out, own = tmp_path / "run", tmp_path / "own.yaml"
+    own.write_text("{blur: 0.1, crop_scale: [0.3, 0.9], mean: [0.1, 0.2, 0.3], std: [0.4, 0.5, 0.6]}")
+    key = {**yaml.safe_load(own.read_text()), "solarise": 1.0}
+    (tmp_path / "key.yaml").write_text(yaml.safe_dump(key))
+    views = {"views": own, "key_views": tmp_path / "key.yaml"}
+    assert runs.train(out, shards_dir, max_steps=2, **views) == [0], log_of(out).read_text()
+    kept = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert kept["views"]["crop_scale"] == [0.3, 0.9] and kept["key_views"]["solarise"] == 1
+    assert load_encoder(out).mean_std == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert runs.train(out, shards_dir, max_steps=3, **views) == [0], log_of(out).read_text()
+    own.write_text("{blur: 0.2, crop_scale: [0.3, 0.9], mean: [0.1, 0.2, 0.3], std: [0.4, 0.5, 0.6]}")
+    assert runs.train(out, shards_dir, max_steps=4, **views) == [2]
+    assert "views.blur 0.1 there and 0.2 now" in log_of(out).read_text()
+    for path in views.values():
+        path.unlink()
+    assert runs.train(out, shards_dir, recipe=out / "recipe.yaml", max_steps=4) == [0], log_of(out).read_text()
+    assert len(losses(out)) == 4
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(

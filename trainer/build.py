@@ -17,13 +17,13 @@ from model.mechanisms import EndToEnd, MemoryBank
 from model.moco import MoCo
 from pipeline.command import cache_arguments
 from pipeline.loader import Loader
-from pipeline.pixels import views
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from recipe import Recipe
 from trainer.diagnosis import warnings_before
 from trainer.log import Log
 from trainer.resume import refuse_foreign_folder
+from trainer.run_views import run_views
 
 IN_USE_SECONDS = 120  # how long a run folder's last training may take to end
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -35,8 +35,6 @@ def check_options(r: Recipe, ranks: int, device: torch.device) -> None:
     r.images_per_pass(ranks)
     if r.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
-    if r.views not in views.RECIPES:
-        raise ValueError(f"views {r.views!r} is none of {', '.join(views.RECIPES)}")
 
 
 def check_launcher() -> None:
@@ -95,11 +93,12 @@ def open_sources_rank0_first(r: Recipe, rank: int, control: dist.ProcessGroup | 
 
 
 def open_loader(r: Recipe, source: Source, rank: int, ranks: int, device: torch.device) -> Loader:
+    query, key = run_views(r)
     return Loader(
         source,
-        views=r.views,
+        views=query,
+        key_views=key,
         image_size=r.image_size,
-        crop_min=r.crop_min,
         batch_size=r.batch_size,
         seed=r.seed,
         rank=rank,

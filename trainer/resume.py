@@ -15,6 +15,7 @@ import torch.distributed as dist
 import checkpoint
 import recipe as recipes
 from recipe import BY_EPOCH, CHANGEABLE, Recipe
+from trainer.run_views import comparable
 
 PARTS = {"step", "encoder", "moco", "optimizer", "scaler", "loader", "rng", "metrics"}  # that continuing needs
 WRITTEN_OVER = (
@@ -53,8 +54,12 @@ def compare_recipes(out: Path, r: Recipe) -> list[str]:
     path = out / "recipe.yaml"
     if not path.is_file() or not checkpoint.list_steps(out):
         return []
-    changed = recipes.differences(recipes.load(path), r)
-    changed.pop("out", None)
+    old = recipes.load(path)
+    changed = recipes.differences(old, r)
+    for name in ("out", "views", "key_views", "crop_min", "mean", "std"):
+        changed.pop(name, None)
+    before, now = comparable(old), comparable(r)
+    changed |= {n: (before.get(n), now.get(n)) for n in before | now if before.get(n) != now.get(n)}
     fatal = {name: values for name, values in changed.items() if name not in CHANGEABLE}
     if fatal:
         listed = ", ".join(f"{name} {old!r} there and {new!r} now" for name, (old, new) in fatal.items())
@@ -63,8 +68,8 @@ def compare_recipes(out: Path, r: Recipe) -> list[str]:
         )
     notes = [f"{name} changes from {old!r} to {new!r}" for name, (old, new) in changed.items()]
     if "bn_groups" in changed:
-        before, now = (r.batch_size / groups for groups in changed["bn_groups"])
-        notes.append(f"batch norm was over groups of {before:g} images, and is over groups of {now:g} from here on")
+        was, size = (r.batch_size / groups for groups in changed["bn_groups"])
+        notes.append(f"batch norm was over groups of {was:g} images, and is over groups of {size:g} from here on")
     if "epochs" in changed and r.schedule in BY_EPOCH:
         notes.append(f"the {r.schedule} schedule is that of {r.epochs} epochs from here on")
     return notes

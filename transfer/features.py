@@ -11,12 +11,14 @@ import torch
 
 from pipeline.files import write_atomically
 from pipeline.labelled import Augmented
+from pipeline.pixels.view_recipe import name_of
 from pipeline.progress import Progress
 from pipeline.reading.order import draw_of_ids
 from pipeline.reading.table import Row, shard_rows
 from pipeline.sources.manifest import Source
 from pipeline.sources.storage import Storage, storage_for
 from trainer.joining import Ranks, all_ranks_agree, control_group, gather_objects
+from trainer.run_views import run_views
 from transfer.embedding import ABOUT, Part, assemble, part_path, save_part, shard_name
 from transfer.extraction import FeatureBatch, embedding_by, feature_batches
 from transfer.load import CentralCrops, LoadedEncoder, default_resize, weights_hash
@@ -51,12 +53,14 @@ def embed_source(
     rank, world_size, device = ranks
     size = image_size or loaded.image_size
     resize = default_resize(size) if resize is None else resize
-    r = loaded.recipe
+    augmentation, _ = run_views(loaded.recipe)
+    name = name_of(augmentation)
     module = loaded.part(features)
     settings = {
         "encoder": weights_hash(module), "fingerprint": source.fingerprint, "features": features, "views": views,
         "image_size": size, "resize": resize, "mean_std": [list(each) for each in loaded.mean_std],
-        "recipe": r.views, "crop_min": r.crop_min, "precision": precision, "seed": seed,
+        "recipe": augmentation.to_dict() if name == "own" else name,
+        "crop_min": augmentation.crop_scale[0], "precision": precision, "seed": seed,
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # jsonargparse's number types, and what is read back is compared
     ranges = split(source.samples, loaded.encoder.features * (1 + views))
@@ -76,7 +80,7 @@ def embed_source(
         source,
         CentralCrops(size, loaded.mean_std, resize, batch_size, num_threads, ranks),
         ranges=[ranges[n] for n in mine],
-        augmented=Augmented(views, r.views, r.crop_min, seed),
+        augmented=Augmented(views, augmentation, seed),
     )
     images = sum(len(ranges[n]) for n in missing)
     label = "features" if progress and rank == 0 else ""

@@ -17,12 +17,12 @@ from model import interchange
 from model.encoders import Encoder, build_encoder, check_image_size
 from model.interchange import MoCoFile
 from pipeline.labelled import NOT_AUGMENTED, Augmented, LabelledBatch, augmented_batches
-from pipeline.pixels import views
 from pipeline.pixels.views import MeanStd
 from pipeline.sources.manifest import Source
 from recipe import Recipe
 from trainer.joining import Ranks
 from trainer.mirror import bring
+from trainer.run_views import run_views
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -156,8 +156,9 @@ def _of_run(
     that names `path` when the recipe makes no encoder, or another one than the checkpoint's.
     """
     try:
-        if r.views not in views.RECIPES or r.image_size < 1:
-            raise ValueError(f"views {r.views!r} at image_size {r.image_size} are none that a run can have")
+        if r.image_size < 1:
+            raise ValueError(f"image_size {r.image_size} is none that a run can have")
+        run_mean_std = run_views(r)[0].mean_std
         encoder = _build(r)
         if state is not None:
             encoder.load_state_dict(state["encoder"])
@@ -165,7 +166,7 @@ def _of_run(
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} and its recipe (arch {r.arch}, dim {r.dim}) do not fit: {reason[:200]}") from None
-    normalised = mean_std or views.mean_std(r.views)
+    normalised = mean_std or run_mean_std
     if image_size not in (None, r.image_size) and r.arch.startswith("timm:"):
         check_image_size(encoder.backbone, r.arch, image_size)
     return LoadedEncoder(encoder.eval(), r, image_size or r.image_size, normalised, name, step)
@@ -186,7 +187,7 @@ def _of_moco_file(file: MoCoFile, image_size: int | None, mean_std: MeanStd | No
     # Such a file does not say what it was trained on; a stride-1 stem is that of the reference's CIFAR-10 demo.
     if file.small_stem:
         r = replace(r, views="cifar", image_size=32)
-    size, normalised = image_size or r.image_size, mean_std or views.mean_std(r.views)
+    size, normalised = image_size or r.image_size, mean_std or run_views(r)[0].mean_std
     return LoadedEncoder(encoder.eval(), r, size, normalised, file.path, has_head=file.has_head, is_run=False)
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.pixels.views import mean_std
 from pipeline.sources.manifest import Source
 from recipe import Recipe
 from trainer.joining import Ranks
+from trainer.run_views import run_views
 from transfer.effective_rank import SecondMoment
 from transfer.extraction import feature_batches
 from transfer.knn import evaluate
@@ -38,7 +38,7 @@ def build_monitor(
         raise ValueError(f"knn_data {r.knn_data} has no classes; give shards that were made from class folders")
     if bank is not None and rank == 0:
         warn_of_overlap(bank, val)
-    crops = CentralCrops(r.image_size, mean_std(r.views), num_threads=r.num_threads or None)
+    crops = CentralCrops(r.image_size, run_views(r)[0].mean_std, num_threads=r.num_threads or None)
     if bank is None:
         crops = replace(crops, max_bad_fraction=1.0)  # whether too many are bad, the training judges
 

@@ -31,6 +31,7 @@ from pipeline.preview import preview
 from pipeline.sources.opening import open_source
 from recipe import Recipe
 from trainer.mirror import bring
+from trainer.run_views import comparable, run_views, views_in_words
 from transfer.chart import COLOURS, Line, line_chart, short
 from transfer.curves import read_metrics, read_objects, series
 from transfer.gallery import make_gallery
@@ -192,13 +193,13 @@ def charts(runs: list[Run]) -> str:
 
 def recipe_table(runs: list[Run]) -> str:
     """Every field, a column a run; what differs between the runs in bold, what is the default in grey."""
-    values = [recipes.to_dict(run.recipe) for run in runs]
-    usual = recipes.to_dict(Recipe())
+    values = [_every_field(run.recipe) for run in runs]
+    usual = _every_field(Recipe())
     lines = []
-    for field in usual:
-        column = [v[field] for v in values]
+    for field in {name: None for fields in (usual, *values) for name in fields}:
+        column = [v.get(field, "") for v in values]
         differs = any(v != column[0] for v in column)
-        kind = "differs" if differs else "default" if column[0] == usual[field] else ""
+        kind = "differs" if differs else "default" if column[0] == usual.get(field) else ""
         cells = "".join(f"<td>{html.escape(str(v))}</td>" for v in column)
         lines.append(f'<tr class="{kind}"><td>{field}</td>{cells}</tr>')
     header = "".join(f"<th>{_swatch(run)}</th>" for run in runs)
@@ -206,6 +207,10 @@ def recipe_table(runs: list[Run]) -> str:
         f'<div class="scroll"><table><thead><tr><th>field</th>{header}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _every_field(r: Recipe) -> dict[str, Any]:
+    return recipes.to_dict(r) | {"views": views_in_words(r), "key_views": ""} | comparable(r)
 
 
 def quarantine_table(runs: list[Run]) -> str:
@@ -244,9 +249,10 @@ def pictures(run: Run, images: int, cache: CacheArguments) -> str:
     try:
         if not views.is_file():
             r = run.recipe
-            shape: dict[str, Any] = {"views": r.views, "image_size": r.image_size, "crop_min": r.crop_min}
-            preview(r.data, views, **shape, count=4, seed=r.seed, **cache)
-        parts.append(picture(views, f"The encoder's input: originals and their two views, recipe {run.recipe.views}"))
+            query, key = run_views(r)
+            preview(r.data, views, views=query, key_views=key, image_size=r.image_size, count=4, seed=r.seed, **cache)
+        words = views_in_words(run.recipe)
+        parts.append(picture(views, f"The encoder's input: originals and their two views, recipe {words}"))
     except (ValueError, OSError, RuntimeError) as error:
         parts.append(f"<p>Views not drawn: {html.escape(str(error))}</p>")
     try:

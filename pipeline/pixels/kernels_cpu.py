@@ -25,6 +25,7 @@ ORDERS = np.array(views.ORDERS, np.int64)
 COLUMNS = (
     "top", "left", "height", "width", "grid_height", "grid_width", "grid_top", "grid_left", "flip",
     "grey_before", "order", "brightness", "contrast", "saturation", "hue", "grey_after", "blur",
+    "solarise",
 )  # fmt: skip
 WEIGHT_BITS = 22  # Pillow's fixed point
 BLOCK = 256  # rows of a crop that are resized at a time: they stay in the cache, and memory is bounded
@@ -333,6 +334,15 @@ def blur(planes: Bytes, sigma: float) -> None:
 
 
 @njit(cache=True)
+def solarise(planes: Bytes, threshold: Number) -> None:
+    """Levels from `threshold` on are inverted (ImageOps.solarize)."""
+    least = np.uint8(threshold)
+    for plane in planes:
+        for i in range(len(plane)):
+            plane[i] = np.uint8(255) - plane[i] if plane[i] >= least else plane[i]
+
+
+@njit(cache=True)
 def normalise(out: Floats, planes: Bytes, flip: bool, norm: Floats) -> None:
     """planes uint8 [3, S, S], mirrored or not, to out float32 [S, S, 3]: (pixel / 255 - mean) / std."""
     size = len(out)
@@ -363,12 +373,14 @@ def render(out: Floats, image: Bytes, row: Floats, norm: Floats) -> None:
                 contrast(planes, row[views.CONTRAST])
             elif op == 2:
                 saturate(planes, row[views.SATURATION])
-            else:
+            elif row[views.HUE] != 0:  # through HSV and back colours change, so no shift is no op, as in ColorJitter
                 turn_hue(planes, row[views.HUE])
     if row[views.GREY_AFTER] > 0:
         grey(planes)
     if row[views.BLUR] > 0:
         blur(planes.reshape(3, size, size), row[views.BLUR])
+    if row[views.SOLARISE] > 0:
+        solarise(planes, row[views.SOLARISE])
     normalise(out, planes.reshape(3, size, size), row[views.FLIP] > 0, norm)
 
 

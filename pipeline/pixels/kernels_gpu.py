@@ -1,9 +1,10 @@
 """The colours of a batch of views on the GPU: what kernels_cpu.py does after the crop, in four Triton kernels.
 
 DALI decodes, crops, resizes and mirrors on the GPU (graph.py); here follow, for all views of a batch at once: the grey
-mean that contrast needs, the colour ops in their order, the blur across, the blur down with the normalisation. The
-arithmetic is that of kernels_cpu.py, rounding by rounding, but for the blur: three boxes in one sum of 13 taps each
-way, rounded once. Views without a blur leave the third kernel at once. Nothing is copied to the host, nothing waits.
+mean that contrast needs, the colour ops in their order, the blur across, the blur down with solarising and the
+normalisation. The arithmetic is that of kernels_cpu.py, rounding by rounding, but for the blur: three boxes in one sum
+of 13 taps each way, rounded once. Views without a blur leave the third kernel at once. Nothing is copied to the host,
+nothing waits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +20,7 @@ import triton.language as tl
 from pipeline.pixels import views
 
 BLOCK = 1024
-TAPS = 13  # three boxes of up to five taps: sigma up to 2.4
+TAPS = 13  # three boxes of up to five taps: sigma up to 2.4, the most that a view recipe may have
 # The columns' numbers and the orders, as Triton wants its constants.
 GREY_BEFORE, ORDER, GREY_AFTER = (
     tl.constexpr(views.GREY_BEFORE),
@@ -27,7 +28,8 @@ GREY_BEFORE, ORDER, GREY_AFTER = (
     tl.constexpr(views.GREY_AFTER),
 )
 BRIGHTNESS, CONTRAST = tl.constexpr(views.BRIGHTNESS), tl.constexpr(views.CONTRAST)
-SATURATION, HUE, BLUR = tl.constexpr(views.SATURATION), tl.constexpr(views.HUE), tl.constexpr(views.BLUR)
+SATURATION, HUE = tl.constexpr(views.SATURATION), tl.constexpr(views.HUE)
+BLUR, SOLARISE = tl.constexpr(views.BLUR), tl.constexpr(views.SOLARISE)
 WEIGHTS = tl.constexpr(len(views.COLUMNS))  # where a row's blur weights begin
 COLUMNS = tl.constexpr(len(views.COLUMNS) + TAPS)
 
@@ -99,7 +101,9 @@ def colour(r, g, b, row, orders, mean, until_contrast: tl.constexpr):
                     value = luma(r, g, b)
                     r, g, b = blend(value, r, factor), blend(value, g, factor), blend(value, b, factor)
                 else:
-                    r, g, b = turn_hue(r, g, b, tl.load(row + HUE))
+                    hue = tl.load(row + HUE)
+                    if hue != 0:
+                        r, g, b = turn_hue(r, g, b, hue)
     if not until_contrast:  # noqa: SIM102 (a constant of the compiler and a value of the device)
         if tl.load(row + GREY_AFTER) > 0:
             value = luma(r, g, b)
@@ -161,7 +165,7 @@ def blur_kernel(pixels, rows, blurred, size, taps: tl.constexpr, block: tl.const
 
 @triton.jit
 def finish_kernel(pixels, rows, blurred, scale, base, out, size, taps: tl.constexpr, block: tl.constexpr):
-    """Blurs down the views that are to be blurred, and normalises all: to out [n, size, size, 3] in its dtype."""
+    """Blurs down the views that are to be blurred, solarises and normalises: to out [n, size, size, 3] in its dtype."""
     view, y = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, block)
     mask = i < size * 3
@@ -176,6 +180,9 @@ def finish_kernel(pixels, rows, blurred, scale, base, out, size, taps: tl.conste
         value = tl.floor(value + 0.5)
     else:
         value = tl.load(pixels + image + y * size * 3 + i, mask, 0).to(tl.float32)
+    threshold = tl.load(row + SOLARISE)
+    if threshold > 0:
+        value = tl.where(value >= threshold, 255.0 - value, value)
     value = value * tl.load(scale + i % 3) - tl.load(base + i % 3)
     tl.store(out + image + y * size * 3 + i, value.to(out.dtype.element_ty), mask)
 

@@ -2,7 +2,7 @@
 
 A view is one float32 row of `COLUMNS`; graph.py turns an image and a row into pixels. The generator is counter-based
 (SplitMix64's finaliser over key and the draw's number): a row does not depend on the rank, the batch, or earlier draws.
-Recipes: He et al. 2020 (v1), Chen et al. 2020 (v2) and the reference CIFAR-10 demo, as their published code draws.
+A view recipe (view_recipe.py) says what is drawn.
 """
 
 import itertools
@@ -12,8 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.permutation import mix
+from pipeline.pixels.view_recipe import (
+    CIFAR,
+    IMAGENET,
+    RECIPES,
+    AnyViews,
+    MeanStd,
+    Pair,
+    Triple,
+    ViewRecipe,
+    view_recipe,
+)
 
-RECIPES = ("v1", "v2", "cifar")
+__all__ = ["CIFAR", "IMAGENET", "RECIPES", "MeanStd", "Triple", "ViewRecipe"]  # those that come from view_recipe
 COLUMNS = (
     # The box of the image that is resized, in pixels. On the CPU nothing outside it is looked at; DALI's filter, on a
     # GPU, looks a little further.
@@ -21,18 +32,17 @@ COLUMNS = (
     # The size that the box is resized to, and the place of the image_size x image_size window in it.
     "grid_height", "grid_width", "grid_top", "grid_left",
     "flip",  # 0 or 1
-    # Greyscale before the jitter (v1) or after it (v2, cifar); order: index into ORDERS, -1: no jitter.
+    # Greyscale before the jitter (v1) or after it; order: index into ORDERS, -1: no jitter; a hue of 0 changes nothing.
     "grey_before", "order", "brightness", "contrast", "saturation", "hue", "grey_after",
     "blur",  # sigma in pixels of the view, 0: none
+    "solarise",  # levels from this one on are inverted, 0: none
 )  # fmt: skip
 TOP, LEFT, HEIGHT, WIDTH, GRID_HEIGHT, GRID_WIDTH, GRID_TOP, GRID_LEFT, FLIP = range(9)
-GREY_BEFORE, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY_AFTER, BLUR = range(9, 17)
+GREY_BEFORE, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY_AFTER, BLUR, SOLARISE = range(9, 18)
 # The orders of brightness (0), contrast (1), saturation (2) and hue (3).
 ORDERS = tuple(itertools.permutations(range(4)))
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-RATIO = (3 / 4, 4 / 3)
+RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop, width to height
 ATTEMPTS = 10  # of RandomResizedCrop, before it takes the central crop
 
 # The decision that each number of a view's stream makes. A number keeps its meaning: else a run that continues would
@@ -41,21 +51,19 @@ DRAWS = 40
 AREA_DRAWS, RATIO_DRAWS = slice(0, ATTEMPTS), slice(ATTEMPTS, 2 * ATTEMPTS)
 TOP_DRAW, LEFT_DRAW, FLIP_DRAW = 20, 21, 22
 JITTER_DRAW, ORDER_DRAW, BRIGHTNESS_DRAW, CONTRAST_DRAW, SATURATION_DRAW, HUE_DRAW = range(30, 36)
-GREY_DRAW, BLUR_DRAW, SIGMA_DRAW = 36, 37, 38
+GREY_DRAW, BLUR_DRAW, SIGMA_DRAW, SOLARISE_DRAW = range(36, 40)
 
-Triple = tuple[float, float, float]
-MeanStd = tuple[Triple, Triple]  # of channels in [0, 1]
 Ints = NDArray[np.int64] | Sequence[int]
 Views = NDArray[np.float32]
 
 
-def mean_std(recipe: str) -> MeanStd:
+def mean_std(recipe: AnyViews) -> MeanStd:
     """Mean and standard deviation per channel, of pixels in [0, 1], by which the recipe normalises."""
-    return CIFAR if recipe == "cifar" else IMAGENET
+    return view_recipe(recipe).mean_std
 
 
 def sample_views(
-    recipe: str,
+    recipe: AnyViews,
     *,
     seed: int,
     epochs: Ints,
@@ -64,27 +72,30 @@ def sample_views(
     heights: Ints,
     widths: Ints,
     image_size: int,
-    crop_min: float,
+    crop_min: float | None = None,
 ) -> Views:
     """Parameters of view number `view` of n samples: float32 [n, len(COLUMNS)].
 
     heights and widths are those of the images in pixels, after EXIF orientation; crop_min is the smallest share of the
-    image's area that a crop takes.
+    image's area that a crop takes, the recipe's own when left out.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+    r = view_recipe(recipe, crop_min=crop_min)
     uniform = _uniforms(seed, epochs, sample_ids, view)
-    rows = _resized_crops(uniform, heights, widths, image_size, crop_min)
-    jitter = np.ones(len(rows), bool) if recipe == "v1" else uniform[:, JITTER_DRAW] < 0.8
-    hue = 0.4 if recipe == "v1" else 0.1
+    rows = _resized_crops(uniform, heights, widths, image_size, r.crop_scale, r.crop_ratio, r.flip)
+    jitter = uniform[:, JITTER_DRAW] < r.jitter
     rows[:, ORDER] = np.where(jitter, np.floor(uniform[:, ORDER_DRAW] * len(ORDERS)), -1)
-    strengths = {BRIGHTNESS: BRIGHTNESS_DRAW, CONTRAST: CONTRAST_DRAW, SATURATION: SATURATION_DRAW}
-    for column, draw in strengths.items():
-        rows[:, column] = np.where(jitter, 0.6 + 0.8 * uniform[:, draw], 1)
-    rows[:, HUE] = np.where(jitter, hue * (2 * uniform[:, HUE_DRAW] - 1), 0)
-    rows[:, GREY_BEFORE if recipe == "v1" else GREY_AFTER] = uniform[:, GREY_DRAW] < 0.2
-    if recipe == "v2":
-        rows[:, BLUR] = np.where(uniform[:, BLUR_DRAW] < 0.5, 0.1 + 1.9 * uniform[:, SIGMA_DRAW], 0)
+    for column, draw, strength in (
+        (BRIGHTNESS, BRIGHTNESS_DRAW, r.brightness),
+        (CONTRAST, CONTRAST_DRAW, r.contrast),
+        (SATURATION, SATURATION_DRAW, r.saturation),
+    ):
+        low, width = max(0.0, 1 - strength), min(2 * strength, 1 + strength)
+        rows[:, column] = np.where(jitter, low + width * uniform[:, draw], 1)
+    rows[:, HUE] = np.where(jitter, r.hue * (2 * uniform[:, HUE_DRAW] - 1), 0)
+    rows[:, GREY_BEFORE if r.grey_first else GREY_AFTER] = uniform[:, GREY_DRAW] < r.grey
+    low, high = r.blur_sigma
+    rows[:, BLUR] = np.where(uniform[:, BLUR_DRAW] < r.blur, low + (high - low) * uniform[:, SIGMA_DRAW], 0)
+    rows[:, SOLARISE] = np.where(uniform[:, SOLARISE_DRAW] < r.solarise, r.solarise_threshold, 0)
     return rows
 
 
@@ -100,7 +111,7 @@ def sample_crops(
     crop_min: float,
 ) -> Views:
     """As `sample_views`, crop and flip alone: what a linear classifier is trained on."""
-    return _resized_crops(_uniforms(seed, epochs, sample_ids, view), heights, widths, image_size, crop_min)
+    return _resized_crops(_uniforms(seed, epochs, sample_ids, view), heights, widths, image_size, (crop_min, 1.0))
 
 
 def center_crops(heights: Ints, widths: Ints, image_size: int, resize: int) -> Views:
@@ -132,8 +143,10 @@ def describe(row: Views) -> str:
         lines.append(" ".join(parts[op] for op in ORDERS[int(row[ORDER])]))
     if row[GREY_AFTER]:
         lines.append("grey")
-    if row[BLUR]:
-        lines.append(f"blur {row[BLUR]:.2f}")
+    last = [f"blur {row[BLUR]:.2f}"] if row[BLUR] else []
+    last += [f"solarise {row[SOLARISE]:.0f}"] if row[SOLARISE] else []
+    if last:
+        lines.append(" ".join(last))
     return "\n".join(lines)
 
 
@@ -157,14 +170,20 @@ def _plain_rows(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Views:
 
 
 def _resized_crops(
-    uniform: NDArray[np.float64], heights: Ints, widths: Ints, image_size: int, crop_min: float
+    uniform: NDArray[np.float64],
+    heights: Ints,
+    widths: Ints,
+    image_size: int,
+    scale: Pair,
+    ratios: Pair = RATIO,
+    flip: float = 0.5,
 ) -> Views:
     """torchvision's RandomResizedCrop.get_params, vectorised, and the flip."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     n = len(heights)
     # All ten attempts of all samples at once; each sample takes the first that fits.
-    area = (heights * widths)[:, None] * (crop_min + (1 - crop_min) * uniform[:, AREA_DRAWS])
-    log_low, log_high = np.log(RATIO)
+    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * uniform[:, AREA_DRAWS])
+    log_low, log_high = np.log(ratios)
     ratio = np.exp(log_low + (log_high - log_low) * uniform[:, RATIO_DRAWS])
     width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
@@ -174,13 +193,13 @@ def _resized_crops(
     left = np.floor(uniform[:, LEFT_DRAW] * (widths - crop_width + 1))
     # None fits (tiny or very long images): the central crop nearest to the allowed ratios.
     failed = ~fits.any(1)
-    low, high = widths < RATIO[0] * heights, widths > RATIO[1] * heights
-    crop_height = np.where(failed, np.where(low, np.rint(widths / RATIO[0]), heights), crop_height)
-    crop_width = np.where(failed, np.where(high, np.rint(heights * RATIO[1]), widths), crop_width)
+    low, high = widths < ratios[0] * heights, widths > ratios[1] * heights
+    crop_height = np.where(failed, np.where(low, np.rint(widths / ratios[0]), heights), crop_height)
+    crop_width = np.where(failed, np.where(high, np.rint(heights * ratios[1]), widths), crop_width)
     rows = _plain_rows(heights, widths)
     rows[:, TOP] = np.where(failed, (heights - crop_height) // 2, top)
     rows[:, LEFT] = np.where(failed, (widths - crop_width) // 2, left)
     rows[:, HEIGHT], rows[:, WIDTH] = crop_height, crop_width
     rows[:, GRID_HEIGHT] = rows[:, GRID_WIDTH] = image_size
-    rows[:, FLIP] = uniform[:, FLIP_DRAW] < 0.5
+    rows[:, FLIP] = uniform[:, FLIP_DRAW] < flip
     return rows

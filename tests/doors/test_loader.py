@@ -1,6 +1,7 @@
 """The loader: what a batch is, its state, killing and resuming, elasticity, timings, the command."""
 
 import hashlib
+import itertools
 import json
 import signal
 import subprocess
@@ -58,6 +59,74 @@ def test_a_batch(source: Source) -> None:
             assert view.min() > -2.2 and view.max() < 2.7 and view.std() > 0.2
         assert not torch.equal(batch.query, batch.key)
     loader.close()
+
+
+def test_the_end_and_the_length(source: Source) -> None:
+    endless = Loader(source, **SMALL)
+    with pytest.raises(TypeError, match="steps_per_epoch"):
+        len(endless)
+    loader = Loader(source, seed=3, epochs=2, **SMALL)
+    ids = [batch.sample_ids.tolist() for batch in loader]
+    assert len(ids) == len(loader) == 10
+    assert ids[5:] != ids[:5] and all(sorted(itertools.chain(*e)) == list(range(60)) for e in (ids[:5], ids[5:]))
+    assert list(loader) == [] and loader.state_dict()["batches"] == 10
+    loader.load_state_dict(loader.state_dict() | {"batches": 8})
+    assert [batch.sample_ids.tolist() for batch in loader] == ids[8:]
+    loader.close()
+
+
+def test_more_views_and_others_for_the_key(source: Source) -> None:
+    """Further views change nothing in the first two; the key's recipe is the second view's alone."""
+    two = Loader(source, seed=1, **SMALL)
+    four = Loader(source, seed=1, num_views=4, **SMALL)
+    pair = Loader(source, seed=1, num_views=3, key_views={"solarise": 1.0, "blur": 0}, **SMALL)
+    for a, b, c in zip(take_views(two), take_views(four), take_views(pair)):
+        assert [len(batch) for batch in (a, b, c)] == [2, 4, 3]
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        assert len({view.numpy().tobytes() for view in b}) == 4
+        assert all(view.shape == (12, 3, 32, 32) for view in b)
+        assert torch.equal(c[0], a[0]) and torch.equal(c[2], b[2]) and not torch.equal(c[1], a[1])
+        std, mean = (torch.tensor(three).view(3, 1, 1) for three in (two.views[0].std, two.views[0].mean))
+        assert (c[1] * std + mean).max() < 128 / 255  # all that was brighter is inverted
+    for loader in (two, four, pair):
+        loader.close()
+
+
+def take_views(loader: Loader) -> list[tuple[torch.Tensor, ...]]:
+    return [tuple(view.clone() for view in batch.views) for batch in islice(loader, 2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"views": "v3"}, "views 'v3' is none of v1, v2, cifar, byol"),
+        ({"views": {"flip": 2}}, "views: flip is 2; it must be a number from 0 to 1"),
+        ({"key_views": "cifar"}, "key_views: mean is"),
+        ({"crop_min": 0}, "crop_min is 0; it must be above 0"),
+        ({"num_views": 1}, "num_views is 1; it must be at least 2"),
+        ({"image_size": 0}, "image_size is 0; it must be at least 1"),
+        ({"image_size": 32.0}, "image_size is 32.0; it must be a whole number"),
+        ({"batch_size": "12"}, "batch_size is '12'; it must be a whole number"),
+        ({"batch_size": 61}, "60 samples, less than one batch of 61"),
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"world_size": 5}, "not divisible by 5 ranks"),
+        ({"num_threads": 0}, "num_threads is 0; it must be at least 1"),
+        ({"prefetch": 0}, "prefetch is 0; it must be at least 1"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5; it must be a number from 0 to 1"),
+        ({"hw_decoder_load": -1}, "hw_decoder_load is -1; it must be a number from 0 to 1"),
+        ({"max_pixels": 0}, "max_pixels is 0; it must be at least 1"),
+        ({"dtype": torch.int64}, "dtype is torch.int64; it must be torch.float32"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be cpu, cuda"),
+        ({"device": "meta"}, "device is 'meta'; views are made on cpu or cuda"),
+        ({"device": "cuda:64"}, "device is 'cuda:64'; torch sees"),
+        ({"quarantine": f"{__file__}/bad.jsonl"}, "bad.jsonl; that is no file that can be written"),
+        ({"quarantine": ROOT}, "quarantine is .*; that is no file that can be written"),
+    ],
+)
+def test_a_bad_argument_fails_at_construction(source: Source, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Loader(source, **SMALL | change)
 
 
 def test_the_pipeline_is_built_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +340,8 @@ def test_command(shards_dir: Path) -> None:
     assert result.returncode == 0 and "images/s: 5 batches of 3 in" in result.stdout, result.stderr
     result = run_loader(*share, "4")  # on a slow machine it says before what it imports
     assert result.returncode == 2 and result.stderr.endswith("error: rank 4 of 4: ranks count from 0 to 3\n")
+    result = run_loader("--data", shards_dir, "--batch_size", "12", "--views", "v3")
+    assert result.returncode == 2 and "views 'v3' is none of v1" in result.stderr
     result = run_loader("--data", shards_dir, "--batch_size", "100")
     assert result.returncode == 2 and result.stderr.endswith(
         "error: the source holds 60 samples, less than one batch of 100: lower batch_size\n"

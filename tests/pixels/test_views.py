@@ -1,5 +1,6 @@
 """The parameters of views: torchvision's distributions, keyed by (seed, epoch, sample id, view) and nothing else."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,12 @@ def test_the_test_of_crops_would_notice_another_scale() -> None:
     assert same_distribution(draw(crop_min=0.08)["height"], theirs[:, 2])
 
 
-@pytest.mark.parametrize(("recipe", "hue"), [("v1", 0.4), ("v2", 0.1), ("cifar", 0.1)])
-def test_jitter_is_distributed_as_torchvisions(recipe: str, hue: float) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "saturation", "hue"), [("v1", 0.4, 0.4), ("v2", 0.4, 0.1), ("cifar", 0.4, 0.1), ("byol", 0.2, 0.1)]
+)
+def test_jitter_is_distributed_as_torchvisions(recipe: str, saturation: float, hue: float) -> None:
     torch.manual_seed(0)
-    jitter = T.ColorJitter(0.4, 0.4, 0.4, hue)
+    jitter = T.ColorJitter(0.4, 0.4, saturation, hue)
     theirs = [
         T.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(N)
     ]
@@ -72,20 +75,61 @@ def test_jitter_is_distributed_as_torchvisions(recipe: str, hue: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "jitter", "grey", "blur"), [("v1", 1.0, 0.2, 0.0), ("v2", 0.8, 0.2, 0.5), ("cifar", 0.8, 0.2, 0.0)]
+    ("recipe", "jitter", "grey", "blur", "solarise"),
+    [
+        ("v1", 1.0, 0.2, 0.0, 0.0),
+        ("v2", 0.8, 0.2, 0.5, 0.0),
+        ("cifar", 0.8, 0.2, 0.0, 0.0),
+        ("byol", 0.8, 0.2, 1.0, 0.0),
+        ("byol_key", 0.8, 0.2, 0.1, 0.2),
+    ],
 )
-def test_probabilities_of_the_recipes(recipe: str, jitter: float, grey: float, blur: float) -> None:
+def test_probabilities_of_the_recipes(recipe: str, jitter: float, grey: float, blur: float, solarise: float) -> None:
     ours = draw(recipe)
     before, after = ours["grey_before"], ours["grey_after"]
     assert not (after if recipe == "v1" else before).any()  # v1: grey comes before the jitter
     shares = {"jitter": (ours["order"] >= 0, jitter), "grey": (before + after, grey), "flip": (ours["flip"], 0.5)}
-    shares["blur"] = (ours["blur"] > 0, blur)
+    shares |= {"blur": (ours["blur"] > 0, blur), "solarise": (ours["solarise"] > 0, solarise)}
+    assert set(ours["solarise"]) <= {0, 128}
     for name, (values, p) in shares.items():
         # Four standard deviations: 0.8 against 1 would be 30 of them.
         assert abs(np.mean(values) - p) <= 4 * np.sqrt(p * (1 - p) / N), name
     if blur:
         sigma = ours["blur"][ours["blur"] > 0]
         assert same_distribution(sigma, np.random.default_rng(0).uniform(0.1, 2.0, N))
+
+
+def test_probabilities_and_strengths_of_an_own_recipe() -> None:
+    """Each field moves its own column; a strength above 1 begins at 0, as in ColorJitter."""
+    own = views.ViewRecipe(
+        crop_scale=(0.5, 0.6), crop_ratio=(1.0, 1.0), flip=0.9, jitter=1.0, brightness=2.0, contrast=0, saturation=1.0,
+        hue=0.5, grey=0.7, grey_first=True, blur=1.0, blur_sigma=(1.0, 1.0), solarise=0.4, solarise_threshold=200,
+    )  # fmt: skip
+    arguments: dict[str, Any] = {"seed": 1, "epochs": np.zeros(N, int), "sample_ids": np.arange(N), "view": 0}
+    rows = sample_views(own, heights=[400] * N, widths=[400] * N, image_size=64, **arguments)
+    ours = dict(zip(views.COLUMNS, rows.T))
+    area = ours["height"] * ours["width"] / 400**2
+    assert (ours["height"] == ours["width"]).all() and 0.49 < area.min() < 0.51 and 0.59 < area.max() < 0.61
+    assert (ours["order"] >= 0).all() and (ours["contrast"] == 1).all() and (ours["blur"] == 1).all()
+    for column, low, high in (("brightness", 0, 3), ("saturation", 0, 2), ("hue", -0.5, 0.5)):
+        assert same_distribution(ours[column], np.random.default_rng(0).uniform(low, high, N)), column
+    for column, p in (("flip", 0.9), ("grey_before", 0.7), ("grey_after", 0), ("solarise", 0.4)):
+        assert abs((ours[column] > 0).mean() - p) < 0.04, column
+    assert set(ours["solarise"]) == {0, 200}
+
+
+def test_named_recipes_draw_the_rows_that_every_run_so_far_has_seen() -> None:
+    """Stored when recipes became data: a run that continues must see the same views, bit by bit."""
+    stored = {
+        "v1": "4067abcbc79dc4d2", "v2": "ba496c451fe1156d", "cifar": "098bfce9b256cc60",
+    }  # fmt: skip
+    rng = np.random.default_rng(1)
+    sizes = {"heights": rng.integers(1, 900, N), "widths": rng.integers(1, 900, N), "image_size": 224}
+    keys: dict[str, Any] = {"seed": 7, "epochs": np.arange(N) % 9, "sample_ids": np.arange(N) * 977, "view": 1}
+    for name, digest in stored.items():
+        rows = sample_views(name, **keys, **sizes, crop_min=0.2)[:, : views.BLUR + 1]
+        assert hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()[:16] == digest, name
+        assert sample_views(name, **keys, **sizes)[:, : views.BLUR + 1].tobytes() == rows.tobytes()
 
 
 def test_a_row_depends_on_its_own_key_alone() -> None:

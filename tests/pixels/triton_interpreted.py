@@ -23,14 +23,18 @@ def compare() -> None:
     pixels = rng.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)[:, :size, :size].copy()
     pixels[0] = 7  # one colour; and full ones
     pixels[1, :7] = (0, 255, 0)
-    for recipe in ("v1", "v2"):
+    own = views.ViewRecipe(jitter=1.0, hue=0.0, blur=0.5, solarise=0.7, solarise_threshold=100)
+    for recipe in ("v1", "v2", own):
         rows = views.sample_views(
             recipe, seed=1, epochs=np.zeros(n, int), sample_ids=np.arange(n), view=0, heights=[size] * n,
             widths=[size] * n, image_size=size, crop_min=1.0,
         )  # fmt: skip
         assert recipe == "v1" or 0 < (rows[:, views.BLUR] > 0).sum() < n
+        assert recipe != own or (rows[:, views.SOLARISE] > 0).sum() > 0
         # Crop, resize and flip come before these kernels: leave them out.
         rows[:, : views.FLIP + 1] = (0, 0, size, size, size, size, 0, 0, 0)
+        # Below 128, a level that the blur rounds otherwise jumps where the image is solarised.
+        rows[(rows[:, views.BLUR] > 0) & (rows[:, views.SOLARISE] > 0), views.SOLARISE] = 128
         mean, std = views.mean_std(recipe)
         finish = kernels_gpu.Finish(mean, std, torch.float32, "cpu")
         weighted = torch.from_numpy(kernels_gpu.with_blur_weights(rows))

@@ -79,14 +79,14 @@ def test_views_are_those_of_training(run_folder: Path, shards_dir: Path, tmp_pat
     found = open_embedding(tmp_path / "f")
     assert found.views is not None
     assert found.views.shape == (60, 3, 512)
-    loader = Loader(source, views="v1", image_size=32, batch_size=20, seed=9, num_threads=1)
+    loader = Loader(source, views="v1", image_size=32, batch_size=20, seed=9, num_threads=1, num_views=3)
     batch = next(loader)
     loader.close()
     with torch.no_grad():
-        pairs = [loaded.encoder.backbone(view).numpy() for view in (batch.query, batch.key)]
+        each = [loaded.encoder.backbone(view).numpy() for view in batch.views]
     for i, sample in enumerate(batch.sample_ids.tolist()):
-        for view in range(2):
-            np.testing.assert_allclose(found.views[sample, view], pairs[view][i], rtol=1e-4, atol=1e-5)
+        for view in range(3):
+            np.testing.assert_allclose(found.views[sample, view], each[view][i], rtol=1e-4, atol=1e-5)
     assert not np.allclose(found.views[:, 1], found.views[:, 2])
 
 
