@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import tempfile
@@ -82,6 +83,34 @@ def rename(complete: Path, path: Path) -> None:
 def write_atomically(path: str | Path, content: bytes) -> None:
     with writing_beside(Path(path)) as file:
         file.write(content)
+
+
+def append_line(place: str, line: bytes) -> None:
+    """Adds `line`, which has no line break in it, to a file of lines; makes the file. Several processes may do it at
+    once. Who is killed there leaves a piece of a line, and the next line does not go on with it.
+
+    An object at a URL is read and written anew: of two writers at the same moment, one line may be lost.
+    """
+    if is_remote(place):
+        try:
+            before = read(place)
+        except FileNotFoundError:
+            before = b""
+        write(place, before + (b"\n" if before and not before.endswith(b"\n") else b"") + line + b"\n")
+        return
+    with local_path(place).open("a+b", buffering=0) as file, naming(place):
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        end = file.seek(0, os.SEEK_END)
+        torn = False
+        if end:
+            file.seek(end - 1)
+            torn = file.read(1) != b"\n"
+        content = (b"\n" if torn else b"") + line + b"\n"
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
+        os.fsync(file.fileno())
 
 
 def make_folder(place: str) -> None:

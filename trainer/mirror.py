@@ -32,7 +32,8 @@ POINTER = "checkpoints/latest.json"
 RENEW_SECONDS = 10.0
 LEASE_SECONDS = 45.0  # without a renewal for so long, the writer counts as dead
 WRITER = re.compile(r"writer-(\d{6})\.json")
-NOT_MIRRORED = ("checkpoints", "wandb")  # the first goes up by itself, W&B's files by W&B
+# The first goes up by itself, W&B's files by W&B; transfer/ writes the ledger at the URL, where it may be newer.
+NOT_MIRRORED = ("checkpoints", "wandb", "evaluations.jsonl")
 
 
 def local_folder(out: str, work_dir: str = "") -> Path:

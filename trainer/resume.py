@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import checkpoint
 import recipe as recipes
@@ -143,3 +144,20 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+@contextmanager
+def undisturbed(encoder: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module's training flag and every random generator are exactly as they were."""
+    training = [(module, module.training) for module in encoder.modules()]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is what must not move
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        encoder.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

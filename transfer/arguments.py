@@ -43,6 +43,7 @@ def knn() -> Namespace:
     add("--num_threads", type=PositiveInt | None, help="decoding threads; all cores when left out")
     add_cache_flags(parser)
     add("--pixels", action="store_true", help="judge raw pixels (averaged down to 32x32 when larger)")
+    add("--output", type=str | None, help="folder whose evaluations.jsonl keeps the figure where RUN is a bare file")
     return parser.parse_args()
 
 
@@ -223,6 +224,7 @@ def report() -> Namespace:
         default=1000,
         help="how many of a run's images are searched for neighbours; 0: no such picture",
     )
+    add("--features", type=on_this_machine, nargs="+", default=[], help="folders of transfer.embed: a map of each")
     add_cache_flags(parser)
     return parser.parse_args()
 

@@ -39,6 +39,7 @@ from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.build import DTYPES
 from trainer.schedule import learning_rate
+from transfer import ledger
 from transfer.arguments import encoder_arguments
 from transfer.export import write_state
 from transfer.labels import check_classes, hits, labels_of, warn_of_overlap
@@ -228,22 +229,17 @@ def main(args: Namespace) -> None:
             warn_of_overlap(source, val)
         for fraction in fractions:
             folder = at.folder if len(fractions) == 1 else at.folder / f"fraction_{fraction:g}"
-            row = finetune(
-                loaded,
-                source,
-                val,
-                replace(at, folder=folder),
-                replace(how, fraction=fraction),
-                **watched,
-                progress=True,
-            )
-            if at.ranks.rank == 0 and row is not None:
-                rows.append({"fraction": fraction} | row | {"model": str(folder / MODEL)})
-            if at.stop is not None and at.stop.name:
+            here, this = replace(at, folder=folder), replace(how, fraction=fraction)
+            found = finetune(loaded, source, val, here, this, **watched, progress=True)
+            if found is None:  # told to stop
                 break
+            rows.append({"fraction": fraction} | found | {"model": str(folder / MODEL)})
+            if at.ranks.rank == 0:
+                settings = settings_of(loaded, source, val, this)
+                ledger.record(ledger.entry("finetune", settings, found, **ledger.judged(loaded)), args.run, out)
     if at.ranks.rank == 0:
         about = {"run": loaded.name, "from_step": loaded.step, "val": val.samples, "out": out}
-        about["from"] = "untrained" if args.untrained else "trained"
+        about["from"] = loaded.start
         result: dict[str, Any] = {"finished": len(rows) == len(fractions)}
         if rows:
             result = {"finetune": rows[-1]["top1"], **rows[-1], "rows": rows} | result

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,11 +36,13 @@ from pipeline.progress import Progress
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.joining import joined
+from transfer import ledger
 from transfer.arguments import encoder_arguments
 from transfer.effective_rank import SecondMoment
 from transfer.extraction import embedding_by, feature_batches
 from transfer.labels import check_classes, gather_rows, warn_of_overlap
-from transfer.load import CentralCrops, load_encoder
+from transfer.load import CentralCrops, LoadedEncoder, default_resize, load_encoder, weights_hash
+from transfer.training import plain
 
 TRAIN_CHUNK = 32_768  # similarities of 1024 x 32768 in fp32 are 134 MB
 TEST_CHUNK = 1_024
@@ -212,6 +214,24 @@ def raw_pixels(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
+def settings_of(
+    loaded: LoadedEncoder,
+    train: Source,
+    val: Source,
+    crops: CentralCrops,
+    features: Literal["backbone", "head", "pixels"],
+    k: int,
+    temperature: float,
+    precision: str,
+) -> dict[str, Any]:
+    """Everything that makes another judgement, for the ledger."""
+    encoder = "pixels" if features == "pixels" else weights_hash(loaded.part(features))
+    about: dict[str, Any] = {"encoder": encoder, "train": train.fingerprint, "val": val.fingerprint}
+    about |= {"features": features, "k": k, "temperature": temperature, "precision": precision}
+    resize = default_resize(crops.image_size) if crops.resize is None else crops.resize
+    return plain(about | {"image_size": crops.image_size, "resize": resize, "mean_std": crops.mean_std})
+
+
 def main(args: Namespace) -> None:
     started = time.monotonic()
     about_encoder = encoder_arguments(args)
@@ -229,6 +249,11 @@ def main(args: Namespace) -> None:
         )
         result = evaluate(embed, train, val, crops, k=args.k, temperature=args.temperature, progress=True)
     if ranks.rank == 0:
+        part: Any = "pixels" if args.pixels else args.features
+        settings = settings_of(loaded, train, val, crops, part, args.k, args.temperature, args.precision)
+        about = ledger.judged(loaded) | ({"start": "pixels", "step": 0} if args.pixels else {})
+        figures = {"knn": result["knn"], "rankme": result["rankme"]}
+        ledger.record(ledger.entry("knn", settings, figures, **about), args.run, args.output)
         judged = "pixels" if args.pixels else f"untrained {args.features}" if args.untrained else args.features
         about = {"features": judged, "temperature": args.temperature, "run": loaded.name, "step": loaded.step}
         print(json.dumps(result | about | {"seconds": round(time.monotonic() - started, 1)}))

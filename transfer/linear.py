@@ -43,6 +43,7 @@ from pipeline.reading.order import make_order
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
 from trainer.joining import Ranks, joined
+from transfer import ledger
 from transfer.arguments import encoder_arguments
 from transfer.extraction import FeatureBatch, embedding_by, feature_batches
 from transfer.labels import check_classes, hits, labels_of, warn_of_overlap
@@ -117,6 +118,18 @@ def validate(heads: Heads, batches: Iterable[FeatureBatch], device: torch.device
     return counts
 
 
+def settings_of(loaded: LoadedEncoder, train: Source, val: Source, protocol: Protocol) -> dict[str, Any]:
+    """Everything that makes another experiment, in plain values."""
+    about = {"encoder": weights_hash(loaded.encoder.backbone), "train": train.fingerprint, "val": val.fingerprint}
+    return plain(about | {"image_size": loaded.image_size, "mean_std": loaded.mean_std} | asdict(protocol))
+
+
+def best_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Those of the best classifier among the rows of an epoch."""
+    best = max(rows, key=lambda row: row["top1"])
+    return {name: best[name] for name in ("top1", "top5", "train_top1", "lr", "epoch")}
+
+
 def linear(
     loaded: LoadedEncoder,
     train: Source,
@@ -155,11 +168,7 @@ def linear(
     heads = Heads(len(lrs), encoder.features, classes).to(device)
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, lrs)]
     optimizer = torch.optim.SGD(groups, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
-    settings = {
-        "encoder": weights_hash(encoder.backbone), "train": train.fingerprint, "val": val.fingerprint,
-        "image_size": loaded.image_size, "mean_std": loaded.mean_std, **asdict(protocol),
-    }  # fmt: skip
-    settings = plain(settings)
+    settings = settings_of(loaded, train, val, protocol)
     rows, begun = list[dict[str, Any]](), 0
     metrics = out / "metrics.jsonl"
     unsaid = {"mean_std": settings["mean_std"]}
@@ -230,11 +239,13 @@ def main(args: Namespace) -> None:
             warn_of_overlap(train, val)
         rows = linear(loaded, train, val, folder, protocol, ranks=ranks, after_epoch=upload, **how)
     if ranks.rank == 0:
-        best = max(rows, key=lambda row: row["top1"])
+        best = best_figures(rows)
         if len(lrs) > 2 and best["lr"] in (min(lrs), max(lrs)):
             print(f"warning: the best rate, {best['lr']:g}, is at the end of the grid: look beyond it", file=sys.stderr)
         about = {"train": train.samples, "val": val.samples, "run": loaded.name, "step": loaded.step}
         about["features"] = "untrained backbone" if args.untrained else "backbone"
+        settings = settings_of(loaded, train, val, protocol) | {"precision": args.precision}
+        ledger.record(ledger.entry("linear", settings, best, **ledger.judged(loaded)), args.run, out)
         result = {"linear": best["top1"], **{n: best[n] for n in ("top5", "train_top1", "lr", "epoch")}, **about}
         print(json.dumps(result | {"seconds": round(time.monotonic() - started, 1)}))
 

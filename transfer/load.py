@@ -72,6 +72,7 @@ class LoadedEncoder:
     step: int = 0  # of the checkpoint; 0 when untrained or unknown
     has_head: bool = True  # False when the file had none: the encoder's own is then as it was initialised
     is_run: bool = True  # False for a MoCo file
+    start: Literal["trained", "untrained"] = "trained"
 
     def part(self, features: Literal["backbone", "head"]) -> nn.Module:
         """The module whose output is `features`: [N, 3, S, S] -> [N, D]. ValueError for a head that the file lacks."""
@@ -169,7 +170,8 @@ def _of_run(
     normalised = mean_std or run_mean_std
     if image_size not in (None, r.image_size) and r.arch.startswith("timm:"):
         check_image_size(encoder.backbone, r.arch, image_size)
-    return LoadedEncoder(encoder.eval(), r, image_size or r.image_size, normalised, name, step)
+    start: Literal["trained", "untrained"] = "untrained" if state is None else "trained"
+    return LoadedEncoder(encoder.eval(), r, image_size or r.image_size, normalised, name, step, start=start)
 
 
 def _build(r: Recipe) -> Encoder:

@@ -7,9 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from transfer.embedding import Floats
+from transfer.embedding import Embedding, Floats
 from transfer.gallery import INK, PAPER
+from transfer.pictures import Pictures
+from transfer.similar import principal_plane
 
+MAP = "map.png"
 CELLS_X, CELLS_Y, CELL = 32, 22, 46  # of the map, and a cell's side in pixels
 TOP, FRAME = 34, 2  # pixels
 MOST_CLASSES = 20  # that colours can tell apart
@@ -26,6 +29,14 @@ def one_of_each_cell(positions: Floats) -> dict[tuple[int, int], int]:
     order = np.lexsort((from_centre, cells[:, 1], cells[:, 0]))
     _, first = np.unique(cells[order], axis=0, return_index=True)
     return {(int(cells[i, 0]), int(cells[i, 1])): int(i) for i in order[first]}
+
+
+def map_of(embedding: Embedding, pictures: Pictures) -> tuple[Image.Image, float]:
+    """The map of a folder of features, and the share of the variance that its plane holds."""
+    positions, shares = principal_plane(embedding.features)
+    where = f"{len(positions):,} images of {embedding.folder} on their principal plane"
+    title = f"{where} ({sum(shares):.0%} of the variance)"
+    return draw_map(positions, pictures.of, embedding.labels, pictures.class_name, title), sum(shares)
 
 
 def draw_map(

@@ -1,13 +1,11 @@
 """kNN accuracy and RankMe in the middle of a training, which goes on as if nobody had looked."""
 
 import copy
-import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,6 +13,7 @@ from torch import nn
 from pipeline.sources.manifest import Source
 from recipe import Recipe
 from trainer.joining import Ranks
+from trainer.resume import undisturbed
 from trainer.run_views import run_views
 from transfer.effective_rank import SecondMoment
 from transfer.extraction import feature_batches
@@ -53,23 +52,6 @@ def build_monitor(
             return measure(judged, bank, val, replace(crops, ranks=Ranks(rank, ranks, device)), features=r.knn_features)
 
     return measured
-
-
-@contextmanager
-def undisturbed(encoder: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's training flag and every random generator are exactly as they were."""
-    training = [(module, module.training) for module in encoder.modules()]
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is what must not move
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        encoder.eval()
-        try:
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def measure(

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import functools
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,13 @@ import torch
 from jsonargparse import Namespace
 from PIL import Image
 
-from pipeline.command import CacheArguments, cache_arguments, command
-from pipeline.files import write_atomically, writing_beside
-from pipeline.sources.manifest import Source
-from pipeline.sources.opening import open_source
-from transfer.embedding import Embedding, open_embedding
+from pipeline.command import cache_arguments, command
+from pipeline.files import write_atomically
+from transfer.embedding import open_embedding
 from transfer.gallery import draw
-from transfer.map_picture import draw_map
-from transfer.pictures import Pictures, pairs_table, queries_of
-from transfer.similar import near_duplicates, principal_plane, search
+from transfer.map_picture import MAP, map_of
+from transfer.pictures import Pictures, pairs_table, queries_of, source_of, write_picture
+from transfer.similar import near_duplicates, search
 
 DRAWN_PAIRS = 12  # from the most similar to the least
 
@@ -80,39 +77,16 @@ def main(args: Namespace) -> None:
         title = f"{pairs.found:,} pairs of similarity {args.duplicates_above:g} or more"
         draw_lines(lines, output / "duplicates.png", title)
 
-    positions, shares = principal_plane(here.features)
-    title = f"{len(positions):,} images of {args.features} on their principal plane ({sum(shares):.0%} of the variance)"
+    page, share = map_of(here, pictures)
     if pictures.source is not None:
-        page = draw_map(positions, pictures.of, here.labels, pictures.class_name, title)
-        write_picture(page, output / "map.png")
-    result |= {"variance_on_map": round(sum(shares), 4), "pictures": pictures.source is not None}
+        write_picture(page, output / MAP)
+    result |= {"variance_on_map": round(share, 4), "pictures": pictures.source is not None}
     print(json.dumps(result | {"seconds": round(time.monotonic() - started, 1)}))
-
-
-def source_of(embedding: Embedding, data: str | None, cache: CacheArguments) -> Source | None:
-    """Where the images of a folder of features lie; None, with a note, when they are not there any more. ValueError or
-    OSError when `data`, which the user names, is not the place."""
-    place = data or embedding.about["data"]
-    try:
-        source = open_source(place, **cache)
-        if source.fingerprint != embedding.about["fingerprint"]:
-            raise ValueError(f"{place} is not the source that {embedding.folder} was made from")
-    except (ValueError, OSError) as error:
-        if data:
-            raise
-        print(f"note: no pictures: {error}; name the source with --data", file=sys.stderr)
-        return None
-    return source
 
 
 def draw_lines(lines: list[list[tuple[Image.Image, str]]], output: Path, title: str) -> None:
     if lines:
         write_picture(draw([[(image, text, "") for image, text in line] for line in lines], title), output)
-
-
-def write_picture(page: Image.Image, path: Path) -> None:
-    with writing_beside(path) as file:
-        page.save(file, format="PNG")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.command import CacheArguments
+from pipeline.files import writing_beside
 from pipeline.pixels.decode import BadImage, picture
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
@@ -54,6 +57,27 @@ class Pictures:
     def about(self, row: int) -> dict[str, Any]:
         about = {"row": row, "sample_id": int(self.embedding.sample_ids[row]), "shard": self.shards[row]}
         return about | {"key": self.keys[row], "label": self.label(row)}
+
+
+def source_of(embedding: Embedding, data: str | None, cache: CacheArguments) -> Source | None:
+    """Where the images of a folder of features lie; None, with a note, when they are not there any more. ValueError or
+    OSError when `data`, which the user names, is not the place."""
+    place = data or embedding.about["data"]
+    try:
+        source = open_source(place, **cache)
+        if source.fingerprint != embedding.about["fingerprint"]:
+            raise ValueError(f"{place} is not the source that {embedding.folder} was made from")
+    except (ValueError, OSError) as error:
+        if data:
+            raise
+        print(f"note: no pictures: {error}; name the source with --data", file=sys.stderr)
+        return None
+    return source
+
+
+def write_picture(page: Image.Image, path: Path) -> None:
+    with writing_beside(path) as file:
+        page.save(file, format="PNG")
 
 
 def queries_of(

@@ -28,10 +28,11 @@ from jsonargparse import Namespace
 
 from pipeline.command import command
 from pipeline.files import write_atomically
+from transfer import ledger
 from transfer.effective_rank import lidar, rankme
 from transfer.embedding import Embedding, open_embedding
 from transfer.probe_picture import draw_probe
-from transfer.probing import knn_rows, logistic_rows, row, svm_rows
+from transfer.probing import LOGISTIC, figures_of, knn_rows, logistic_rows, logistic_settings, row, svm_rows
 
 
 def main(args: Namespace) -> None:
@@ -58,6 +59,7 @@ def main(args: Namespace) -> None:
     write_atomically(output / "probe.md", markdown(rows, about).encode())
     write_atomically(output / "probe.csv", table(rows).encode())
     write_atomically(output / "probe.json", json.dumps(about | {"rows": rows}, indent=1).encode())
+    keep(rows, train, val, args)
     draw_probe(rows, output / "probe.png", title=f"{about['features']} of {about['run']}, step {about['step']}")
     result: dict[str, Any] = {}
     if knn := [each for each in rows if each["protocol"] == "kNN"]:
@@ -67,6 +69,27 @@ def main(args: Namespace) -> None:
         if each["protocol"] != "kNN":
             result[f"{each['protocol']}, {each['setting']}"] = each["mean"]
     print(json.dumps(result | about | {"output": str(output), "seconds": round(time.monotonic() - started, 1)}))
+
+
+def keep(rows: list[dict[str, Any]], train: Embedding, val: Embedding, args: Namespace) -> None:
+    """Two lines in the ledger of the run that the features are of: logistic regression, and the rest."""
+    about = val.about
+    at: dict[str, Any] = {
+        "run": about["run"],
+        "step": about["step"],
+    }
+    at["start"] = "untrained" if about.get("untrained") else "trained"
+    output = args.output or args.val / "probe"
+    few: dict[str, Any] = {"shares": args.shares, "shots": args.shots, "seeds": args.seeds, "cost": args.cost}
+    logistic = [each for each in rows if each["protocol"] == LOGISTIC]
+    if logistic:
+        found = ledger.entry("logistic", logistic_settings(train, val, **few), figures_of(logistic), **at)
+        ledger.record(found, about["run"], output)
+    others = {f"{r['protocol']}, {r['setting']}": r["mean"] for r in rows if r["protocol"] not in ("kNN", LOGISTIC)}
+    if knn := [each["mean"] for each in rows if each["protocol"] == "kNN"]:
+        others = {"knn_best": max(knn)} | others
+    settings = logistic_settings(train, val, **few) | {"k": args.k, "temperature": args.temperature}
+    ledger.record(ledger.entry("probe", settings, others, **at), about["run"], output)
 
 
 def check_pair(train: Embedding, val: Embedding) -> None:

@@ -19,6 +19,7 @@ from transfer.embedding import Embedding, Floats
 from transfer.knn import nearest, vote
 from transfer.subsets import share_of_each_class, shots
 
+LOGISTIC = "logistic regression"
 MOST_STEPS = 1000  # of a classifier's solver
 CHUNK = 16_384  # images
 Row = dict[str, Any]
@@ -104,8 +105,23 @@ def logistic_rows(
     _say_unfinished(unfinished)
     for name, values in accuracies.items():
         of_class = images[name] / classes
-        rows.append(row("logistic regression", name, "top-1", values, images=images[name], labels_of_class=of_class))
+        rows.append(row(LOGISTIC, name, "top-1", values, images=images[name], labels_of_class=of_class))
     return rows
+
+
+def logistic_settings(
+    train: Embedding, val: Embedding, *, shares: Sequence[float], shots: Sequence[int], seeds: int, cost: float
+) -> dict[str, Any]:
+    """Everything that makes other rows of `logistic_rows`, for the ledger."""
+    fed = ("encoder", "features", "image_size", "resize", "mean_std", "precision")
+    about = {name: val.about.get(name) for name in fed} | {"shares": sorted(shares), "shots": sorted(shots)}
+    return about | {"train": train.about["fingerprint"], "val": val.about["fingerprint"], "seeds": seeds, "cost": cost}
+
+
+def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """setting -> mean, and "setting, spread" where there is one."""
+    figures = {each["setting"]: each["mean"] for each in rows}
+    return figures | {f"{each['setting']}, spread": each["spread"] for each in rows if each["spread"] is not None}
 
 
 def svm_rows(

@@ -3,8 +3,8 @@ from a mail.
 
     python -m transfer.report runs/photos [runs/other ...] --output report.html
 
-Curves as SVG, the recipe, what the encoder saw, what it holds alike, and which images were left out. The page has no
-script.
+Every judgement in the runs' ledgers, curves as SVG, the recipe, what the encoder saw, what it holds alike, maps of
+folders of features, and which images were left out. The page has no script.
 """
 
 from transfer import arguments
@@ -18,6 +18,7 @@ import functools
 import html
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -34,6 +35,7 @@ from trainer.mirror import bring
 from trainer.run_views import comparable, run_views, views_in_words
 from transfer.chart import COLOURS, Line, line_chart, short
 from transfer.curves import read_metrics, read_objects, series
+from transfer.evaluations import drawn_map, evaluations_table, first_figure, newest
 from transfer.gallery import make_gallery
 from transfer.load import load_encoder
 
@@ -85,6 +87,7 @@ section.card { margin-bottom: 16px; }
 .pictures { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; margin-top: 8px; }
 figure { margin: 0; flex: 1 1 300px; } figure + figure { flex: 2 1 560px; }
 figure img { width: 100%; max-width: 900px; height: auto; border-radius: 4px; }
+.maps img { max-width: 100%; }
 .summary td, .summary th { white-space: nowrap; }
 details { margin-top: 8px; } summary { cursor: pointer; color: var(--faint); }
 """
@@ -118,7 +121,10 @@ def read_run(folder: Path, name: str, colour: str) -> Run:
 
 
 def linear_accuracy(run_dir: Path) -> float | None:
-    """Top-1 of the best classifier after the newest epoch of transfer.linear, None where it has not run."""
+    """Top-1 of the newest entry of transfer.linear in the ledger; of the folder that it left, from before there was a
+    ledger; None where it has not run."""
+    if (found := first_figure(newest(run_dir, "linear"))) is not None:
+        return found
     metrics = run_dir / "linear" / "metrics.jsonl"
     rows = read_objects(metrics, field="top1") if metrics.is_file() else []
     return max((row["top1"] for row in rows if row.get("epoch") == rows[-1].get("epoch")), default=None)
@@ -156,6 +162,7 @@ def summary(runs: list[Run]) -> str:
         "kNN now",
         "kNN best",
         "linear",
+        "fine-tuned",
         "images/s (median)",
         "data wait (median)",
         "left out",
@@ -167,9 +174,10 @@ def summary(runs: list[Run]) -> str:
             _number(_last(run, "step")),
             _number(_last(run, "epoch")),
             _number(_last(run, "loss")),
-            _number(_last(run, "knn"), percent=True),
+            _number(knn[-1] if knn else first_figure(newest(run.folder, "knn")), percent=True),
             _number(max(knn, default=None), percent=True),
             _number(linear_accuracy(run.folder), percent=True),
+            _number(first_figure(newest(run.folder, "finetune")), percent=True),
             _number(statistics.median(speed) if speed else None),
             _number(statistics.median(wait) if wait else None, percent=True),
             f"{len(run.quarantine)} images",
@@ -269,11 +277,27 @@ def pictures(run: Run, images: int, cache: CacheArguments) -> str:
     return f'<section class="card"><h3>{_swatch(run)}</h3><div class="pictures">{"".join(parts)}</div></section>'
 
 
+def maps(folders: Sequence[Path], cache: CacheArguments) -> str:
+    """The maps of folders of features; nothing without any. One that cannot be drawn leaves a line."""
+    parts = []
+    for folder in folders:
+        try:
+            parts.append(picture(drawn_map(folder, cache), f"Images of {folder} where their features lie"))
+        except (ValueError, OSError) as error:
+            parts.append(f"<p>Map not drawn: {html.escape(str(error))}</p>")
+    return f'<h2>Maps</h2><div class="maps">{"".join(parts)}</div>' if parts else ""
+
+
 def write_report(
-    folders: list[Path], output: str | Path, *, images: int = 1000, **cache: Unpack[CacheArguments]
+    folders: list[Path],
+    output: str | Path,
+    *,
+    images: int = 1000,
+    features: Sequence[Path] = (),
+    **cache: Unpack[CacheArguments],
 ) -> str | Path:
-    """Writes the page. images: how many of a run's images are searched for neighbours; 0: no such picture. cache: for
-    remote shards; each run's own unless given.
+    """Writes the page. images: how many of a run's images are searched for neighbours; 0: no such picture. features:
+    folders of transfer.embed whose maps are shown. cache: for remote shards; each run's own unless given.
 
     Raises FileNotFoundError for a folder that is not a run, ValueError when more runs are given than can be told apart.
     """
@@ -286,8 +310,10 @@ def write_report(
 <title>MoCo pre-training: {title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1><p>MoCo pre-training, as of {time.strftime("%Y-%m-%d %H:%M")}</p>
 <h2>Where it stands</h2>{summary(runs)}
+<h2>Evaluations</h2>{evaluations_table([(_swatch(run), run.folder) for run in runs])}
 <h2>Curves</h2>{charts(runs)}
 <h2>Pictures</h2>{"".join(pictures(run, images, cache) for run in runs)}
+{maps(features, cache)}
 <h2>Images left out</h2>{quarantine_table(runs)}
 <h2>Recipe</h2>{recipe_table(runs)}
 </body></html>
@@ -300,7 +326,7 @@ def write_report(
 def main(args: Namespace) -> None:
     output = args.output or files.join(args.runs[0], "report.html")
     folders = [Path(bring(run)) for run in args.runs]
-    print(write_report(folders, output, images=args.images, **cache_arguments(args)))
+    print(write_report(folders, output, images=args.images, features=args.features, **cache_arguments(args)))
 
 
 if __name__ == "__main__":

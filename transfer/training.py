@@ -33,7 +33,6 @@ from trainer.signals import Stop
 from trainer.watching import Watchdog
 from transfer import curves
 from transfer.load import ALONE
-from transfer.monitor import undisturbed
 
 Precision = Literal["fp32", "bf16", "fp16"]
 HANG_SECONDS = 600.0
@@ -247,7 +246,7 @@ def train(
         if world_size > 1:  # each rank has batch-norm statistics of its own; rank 0's are saved
             for buffer in net.buffers():
                 dist.broadcast(buffer, src=0)
-        with undisturbed(net), torch.no_grad():
+        with resume.undisturbed(net), torch.no_grad():
             found = evaluate(net)
         log.write({"step": step, "epoch": step / steps_per_epoch} | found)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())

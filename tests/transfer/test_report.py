@@ -6,13 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from feature_folders import make_embedding
 from PIL import Image
 
 import checkpoint
 import recipe as recipes
-from transfer import arguments, chart, report
+from pipeline.sources.opening import open_source
+from transfer import arguments, chart, ledger, report
 from transfer.load import load_encoder
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -53,7 +57,17 @@ def page(tmp_path_factory: pytest.TempPathFactory, shards_dir: Path) -> Path:
     (first / "linear").mkdir()
     (first / "linear" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     second = make_run(root / "tuesday" / "photos", "/nowhere/shards", steps=20, lr=0.06)
-    return report.write_report([first, second], root / "report.html", images=40)
+    about: dict[str, Any] = {"encoder": "e", "train": "abcdefghij", "val": "v", "lr": 0.1}
+    for start, top1 in (("trained", 0.8125), ("untrained", 0.1)):
+        found = ledger.entry("finetune", about, {"top1": top1, "top5": 1.0}, run="<b>run</b>", step=20, start=start)
+        ledger.record(found | {"encoder": start}, str(second))
+    source = open_source(str(shards_dir))
+    here: dict[str, Any] = {"data": str(shards_dir), "fingerprint": source.fingerprint, "classes": source.classes}
+    features = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    make_embedding(root / "features", features, np.arange(60) % 3, **here)
+    make_embedding(root / "moved", features, data="/nowhere/shards")
+    folders = [root / "features", root / "moved"]
+    return Path(report.write_report([first, second], root / "report.html", images=40, features=folders))
 
 
 def test_a_loss_that_rises_at_first_is_explained_beside_its_curve(page: Path) -> None:
@@ -76,6 +90,16 @@ def test_nothing_external(page: Path) -> None:
     assert "&lt;script&gt;" in html, "what the data says is shown, not run"
 
 
+def test_judgements_and_maps(page: Path) -> None:
+    html = page.read_text()
+    assert "81.2 %" in html and "top1 0.8125, top5 1" in html and "train abcdefgh, val v" in html
+    assert html.count("untrained</td>") == 1 and ": none yet" in html  # of the first run, which has no ledger
+    assert html.count("where their features lie") == 2 and "Map not drawn: the images of" in html  # alt and caption
+    with Image.open(page.parent / "features" / "neighbours" / "map.png") as drawn:
+        assert len(set(drawn.convert("RGB").get_flattened_data())) > 500
+    assert not (page.parent / "moved" / "neighbours" / "map.png").exists()
+
+
 def test_everything_is_there(page: Path) -> None:
     html = page.read_text()
     for words in (
@@ -93,7 +117,7 @@ def test_everything_is_there(page: Path) -> None:
         assert f'id="chart-{field}"' in html
     assert html.count('class="differs"') >= 2  # data and lr at least
     assert "no such folder: /nowhere/shards" in html, "what cannot be drawn is said"
-    assert html.count("data:image/png;base64,") == 2  # views and neighbours of the run whose data is there
+    assert html.count("data:image/png;base64,") == 3  # views, neighbours and map of the run whose data is there
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
