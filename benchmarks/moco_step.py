@@ -12,7 +12,8 @@
 3. split BN: an encoder's forward + backward with plain BN, with split BN, and with the reference demo's view of NCHW
    memory, in both layouts.
 
-Writes a JSON and a picture to --output (benchmarks/results/moco_step_DEVICE.*).
+Each part is printed, and written to the JSON, when it is done: --output (benchmarks/results/moco_step_CARD.*), with a
+picture at the end.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.hardware import card, hardware  # noqa: E402
 from model.batchnorm import ShuffleBN, Shuffled, arrive, split_batchnorm, unshuffle  # noqa: E402
 from model.encoders import build_encoder  # noqa: E402
 from model.moco import MoCo  # noqa: E402
@@ -230,7 +232,7 @@ def measure_split(a: argparse.Namespace, device: torch.device) -> dict[str, floa
 
 def work(a: argparse.Namespace) -> None:
     """One rank of one measurement."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(f"cuda:{rank}" if a.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -257,8 +259,9 @@ def in_ranks(part: str, world: int) -> Any:
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
-        command += ["--master_addr=127.0.0.1", f"--master_port={port}", __file__, *sys.argv[1:], "--part", part]
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_addr=127.0.0.1"]
+        launcher = [*launcher, f"--master_port={port}"] if world > 1 else []  # one rank needs no second import of torch
+        command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--part", part]
         environment = dict(os.environ, MOCO_STEP_RESULT=str(output))
         done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -277,7 +280,8 @@ def added(times: dict[str, float]) -> list[tuple[str, float, float]]:
 
 
 def report(results: dict[str, Any]) -> None:
-    for world, measured in results["step"].items():
+    """Prints what there is so far: a run that is cut short has printed and written the parts that were done."""
+    for world, measured in results.get("step", {}).items():
         times = measured["added"]
         print(f"\nstep, {world} rank(s): encoders alone {times['encoders alone']:.2f} ms")
         for name, ms, share in added(times):
@@ -287,12 +291,13 @@ def report(results: dict[str, Any]) -> None:
         print(f"  = MoCo's own part  {whole:8.2f} ms  {whole / times['encoders alone']:+7.2%}")
         whole = sum(measured["alone"].values())
         print(f"    its parts by themselves, without split BN {whole:.2f} ms {whole / times['encoders alone']:+7.2%}")
-    for world, variants in results["shuffle"].items():
+    for world, variants in results.get("shuffle", {}).items():
         print(f"\nshuffle, {world} ranks")
         for name, v in variants.items():
             print(f"  {name:<24} {v['ms']:9.2f} ms  {v['megabytes_received_per_rank']:9.2f} MB received a rank")
-    print("\nbatch norm in 8 groups, encoder forward + backward")
-    for name, ms in results["split"].items():
+    if "split" in results:
+        print("\nbatch norm in 8 groups, encoder forward + backward")
+    for name, ms in results.get("split", {}).items():
         print(f"  {name:<24} {ms:9.2f} ms")
 
 
@@ -315,8 +320,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         places = [j + 0.4 * i for j in range(len(variants))]
         axes[1].bar(places, [v["ms"] for v in variants.values()], width=0.4, label=f"{world} ranks")
         axes[1].set_xticks(places, [name.replace(", ", "\n") for name in variants])
+        axes[1].legend()
     axes[1].set(title="shuffle", ylabel="ms")
-    axes[1].legend()
     axes[2].barh(list(results["split"]), list(results["split"].values()))
     axes[2].set(title="BN in 8 groups", xlabel="ms, forward + backward")
     figure.suptitle(results["settings"])
@@ -353,21 +358,33 @@ def main() -> None:
         f"torch {torch.__version__}, Python {platform.python_version()}, n = {a.rounds}"
         + (", compiled" if a.compile else "")
         + (", CPU time" if a.device == "cpu" else ""),
-        "step": {},
-        "shuffle": {},
+        "hardware": hardware(a.device),
     }
     print(results["settings"], flush=True)
-    for world in a.ranks if a.ranks is not None else [w for w in (1, 2) if w <= there]:
-        results["step"][world] = in_ranks("step", world)
-    for world in a.shuffle_ranks if a.shuffle_ranks is not None else [w for w in (2, 4) if w <= there]:
-        results["shuffle"][world] = in_ranks("shuffle", world)
-    results["split"] = in_ranks("split", 1)
-    report(results)
-    output = Path(a.output or REPOSITORY / "benchmarks" / "results" / f"moco_step_{a.device}")
+    output = Path(a.output or REPOSITORY / "benchmarks" / "results" / f"moco_step_{card(a.device)}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+
+    def done(part: str, found: Any) -> None:
+        results[part] = found
+        report({part: found})
+        sys.stdout.flush()
+        output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+
+    done("step", {w: in_ranks("step", w) for w in (a.ranks if a.ranks is not None else (1, 2)) if w <= there})
+    done("split", in_ranks("split", 1))
+    wanted = a.shuffle_ranks if a.shuffle_ranks is not None else (2, 4)
+    done("shuffle", {w: in_ranks("shuffle", w) for w in wanted if w <= there})
     draw(results, output.with_suffix(".png"))
     print(f"\nwritten: {output}.json, {output}.png")
+    shares = {}
+    for world, measured in results["step"].items():
+        encoders = measured["added"]["encoders alone"]
+        shares[str(world)] = {
+            "encoders_ms": round(encoders, 2),
+            "moco_share": round(measured["added"]["queue"] / encoders - 1, 4),
+            "by_themselves_without_split_bn": round(sum(measured["alone"].values()) / encoders, 4),
+        }
+    print(json.dumps({"ranks": shares, "n": a.rounds}))
 
 
 if __name__ == "__main__":

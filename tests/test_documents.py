@@ -19,13 +19,14 @@ import recipe
 DOCUMENTS = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
     REPOSITORY / "benchmarks/README.md",
+    REPOSITORY / "benchmarks/gpu_kit/README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
 COMMANDS = commands()
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]*)")
 PROGRAM = re.compile(
-    r"(?:python|accelerate launch|torchrun)\s[^|;&]*?-m (?:-- )?((?:pipeline|transfer)\.\w+)"
-    r"|(?:python|bash|sbatch|accelerate launch) ([\w/]+\.(?:py|sh|sbatch))"
+    r"(?:python3?|accelerate launch|torchrun)\s[^|;&]*?-m (?:-- )?((?:pipeline|transfer)\.\w+)"
+    r"|(?:python3?|bash|sbatch|accelerate launch) ([\w/]+\.(?:py|sh|sbatch))"
     r"|(launch/[\w.]+)(?= .*--)"
 )
 
@@ -116,7 +117,7 @@ def test_what_a_document_names_exists(document: Path) -> None:
 def test_flags_in_prose_exist_somewhere(document: Path) -> None:
     known = {"help", "check"} | flags("train.py")
     known |= {"signal", "nproc_per_node", "num_processes", "multi_gpu"}  # the launchers' own
-    programs = [*COMMANDS, *(f"benchmarks/{path.name}" for path in (REPOSITORY / "benchmarks").glob("*.py"))]
+    programs = [*COMMANDS, *(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "benchmarks").rglob("*.py"))]
     known |= frozenset().union(*map(flags, programs))
     spans = [span for span in inline(document.read_text()) if not PROGRAM.search(span)]
     assert {flag for span in spans for flag in FLAG.findall(span)} - known == set()

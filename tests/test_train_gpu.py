@@ -97,6 +97,17 @@ Accelerator.backward = overflowing
     assert norms[-1] != norms[1]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_stopped_run_continues(precision: str, shards_dir: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for out, steps in ((whole, 8), (stopped, 4), (stopped, 8)):
+        code, said = train(out, shards_dir, precision=precision, max_steps=steps, lr=0.0005)
+        assert code == 0, said
+    print(f"{precision}, without and with a stop:", losses(whole), losses(stopped))
+    assert len(losses(whole)) >= 6  # fp16: the first steps may overflow, the scale begins high
+    assert losses(stopped) == pytest.approx(losses(whole), rel=1e-2)
+
+
 def test_compiled_is_the_same_and_continues(shards_dir: Path, tmp_path: Path) -> None:
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     for out, compile, steps in ((plain, False, 6), (compiled, True, 3), (compiled, True, 6)):
