@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,11 @@ from pipeline.packing.retry import begun_retry, further, new_retry
 from pipeline.packing.shard import HashTask, PackTask, PlannedImage, TaskDone, hash_contents, pack
 from pipeline.packing.summary import finish, table
 from pipeline.packing.survey import Survey, listed_kinds
+from pipeline.pixels.formats import Grey16, grey16_range
 from pipeline.progress import Progress
-from pipeline.sources.card import is_pattern
+from pipeline.sources.card import is_pattern, is_tar
 from pipeline.sources.index import LABEL_EXTENSION
+from pipeline.sources.manifest import NAME, load_manifest
 from pipeline.sources.remote import reason
 
 HASHED_TOGETHER = 5_000
@@ -86,6 +88,7 @@ def make_shards(
     began = time.monotonic()
     src = src if is_remote(src) else os.path.abspath(local_path(src))  # noqa: PTH100 (links stay as they were named)
     dest = dest if is_remote(dest) else str(local_path(dest).resolve())
+    options = options if options.grey16_range else replace(options, grey16_range=known_range(src))
     job: dict[str, Any] = {
         "src": src,
         "seed": seed,
@@ -95,8 +98,10 @@ def make_shards(
         "classes": _digest(classes) if classes else "",
         "holdout": holdout,
         "dedup": dedup,
-        **asdict(options),
+        **{name: value for name, value in asdict(options).items() if name != "grey16_range"},
     }
+    if options.grey16_range:
+        job["grey16_range"] = list(options.grey16_range)
     if label_key:
         job["label_key"] = label_key
         if labels != "auto":
@@ -187,7 +192,7 @@ def make_shards(
             raise ValueError(
                 f"{len(missing)} shards were packed but are not in {dest}: do all workers see that folder?"
             )
-        counts = finish(dest, records, journal, listing, shards, seed, retry)
+        counts = finish(dest, records, journal, listing, shards, seed, retry, options.grey16_range)
     summary = {"job": job, "digest": listing.summary["digest"], **counts}
     files.write(files.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
     remove_journal(dest)
@@ -247,6 +252,19 @@ def remove_duplicates(listing: Listing, journal: Path, records: str, how: dict[s
     return kept
 
 
+def known_range(src: str) -> Grey16 | None:
+    """The range of 16-bit grey that the manifest of SRC gives, where SRC is shards of ours on this machine."""
+    if is_remote(src):
+        return None
+    folder = Path(src) if Path(src).is_dir() else Path(src).parent
+    if folder != Path(src) and not (is_tar(src) or is_pattern(src)):
+        return None
+    try:
+        return load_manifest(folder / NAME).grey16_range
+    except (ValueError, OSError):  # there is none, or it is of something else
+        return None
+
+
 def _digest(place: str) -> str:
     """A file by its content, so that another one under the same name is noticed."""
     where = files.join(place, "manifest.json") if not is_remote(place) and local_path(place).is_dir() else place
@@ -259,7 +277,7 @@ def main() -> None:
         "src", type=str, help="folder, list (.txt .csv .tsv .parquet), .tar, .zip, shards ('old/*.tar'), or a URL"
     )
     parser.add_argument("dest", type=str, help="folder or URL that the shards go to")
-    flags: tuple[tuple[str, int | float | str, str], ...] = (
+    flags: tuple[tuple[str, Any, str], ...] = (
         ("seed", 0, "of the shuffle"),
         ("workers", 0, "processes; 0: one for each core"),
         ("scheduler", "", "address of a Dask scheduler: its workers pack instead of local processes"),
@@ -273,6 +291,7 @@ def main() -> None:
         ("short_side", 0, "shrink images whose shorter side is longer than this many pixels; 0: none"),
         ("quality", 90, "JPEG quality of what is encoded again"),
         ("convert", False, "other formats to JPEG"),
+        ("grey16_range", [], "black and white of 16-bit grey: 0 4095 for scans of 12 bits; the manifest keeps it"),
         ("min_side", 0, "reject images with a shorter side than this many pixels"),
         ("max_pixels", 100_000_000, "reject images with more pixels"),
         ("no_verify", False, "look at headers only: damaged images are packed and cost samples in training"),
@@ -282,10 +301,13 @@ def main() -> None:
     )
     for name, default, text in flags:
         how: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default)}
+        if name == "grey16_range":
+            how = {"type": int, "nargs": 2, "metavar": ("LOW", "HIGH")}
         parser.add_argument(f"--{name}", default=default, help=text, **how)
     given = vars(parser.parse_args())
     fields = ("no_verify", "max_pixels", "min_side", "short_side", "quality", "convert")
-    options = Options(**{name: given.pop(name) for name in fields})
+    grey16 = grey16_range(given.pop("grey16_range") or None, "--grey16_range")
+    options = Options(**{name: given.pop(name) for name in fields}, grey16_range=grey16)
     if not given["src"] or not given["dest"]:
         raise ValueError("SRC and DEST may not be empty: an unset variable?")  # it would be this folder
     for name, value in (given | asdict(options)).items():

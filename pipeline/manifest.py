@@ -66,6 +66,11 @@ def _table(source: Source) -> str:
     at_once = source.chunk_shards or of_lane
     chunk = "all its shards" if at_once >= of_lane else f"{at_once:,} shards at a time"
     lanes = f"{source.lanes} lane{'s' * (source.lanes > 1)}"
+    lines += [
+        f"grey of more than 8 bits in {name}: black is {m.grey16_range[0]}, white is {m.grey16_range[1]}"
+        for m, name in zip(source.manifests, source.names)
+        if m.grey16_range
+    ]
     return "\n".join([*lines, f"order: {lanes}, each shuffling {chunk}; fingerprint {source.fingerprint}"])
 
 

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "model", "trainer", "transfer")
 TOP = ("train", "recipe", "checkpoint")
-DOORS = {"make_shards", "loader", "labelled", "preview", "order", "manifest"}
+DOORS = {"make_shards", "loader", "labelled", "preview", "order", "manifest", "statistics"}
 COMMON = {"files", "progress", "permutation", "command"}  # which import no room, and which every room may import
 ROOMS = {"packing", "sources", "reading", "pixels"}
 SHARED_NAMES = {"order", "manifest"}  # a door and its room's file may share these, nothing else may share a name

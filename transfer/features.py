@@ -108,6 +108,8 @@ def embed_source(
                     f"{part_path(output, unseen[0]).name}: give an --output that all machines share"
                 )
             about = settings | {"classes": list(source.classes), "in_source": source.samples} | (notes or {})
+            ranges16 = {m.grey16_range for m in source.manifests} - {None}
+            about |= {"grey16_range": ranges16.pop()} if len(ranges16) == 1 else {}
             about = assemble(output, len(ranges), about)
     return gather_objects(about, control)[0], images
 

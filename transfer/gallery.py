@@ -48,7 +48,8 @@ def original(source: Source, storage: Storage, sample_id: int) -> Image.Image:
     manifest, shard, row = source.manifests[int(place.manifest[0])], int(place.shard[0]), int(place.row[0])
     index = read_index(read_index_text(manifest, shard, storage))
     start, size = int(index.offsets[row]), int(index.sizes[row])
-    return picture(storage.open(manifest.shard_url(shard))[start : start + size])
+    encoded = storage.open(manifest.shard_url(shard))[start : start + size]
+    return picture(encoded, grey16=manifest.grey16_range)
 
 
 def choose_queries(labels: Tensor, queries: int, seed: int) -> list[int]:

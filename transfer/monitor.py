@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.reading.order import spread
 from pipeline.sources.manifest import Source
 from recipe import Recipe
 from trainer.joining import Ranks
@@ -79,11 +80,4 @@ def measure(
 def spread_ranges(samples: int, ranks: Ranks) -> list[range]:
     """This rank's part of 4,096 ids from all over a source, in 16 runs of neighbours, which are cheap to read; of all
     ids where there are fewer."""
-    wanted = min(RANKED_IMAGES, samples)
-    runs = min(RANKED_RANGES, wanted)
-    found = []
-    for run in range(runs):
-        begin, length = samples * run // runs, wanted * (run + 1) // runs - wanted * run // runs
-        low, high = (length * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
-        found.append(range(begin + low, begin + high))
-    return found
+    return spread(samples, RANKED_IMAGES, RANKED_RANGES, ranks.rank, ranks.world_size)

@@ -6,6 +6,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def queries_of(
     drawn = []
     for path in images:
         try:
-            drawn.append(picture(np.frombuffer(path.read_bytes(), np.uint8)))
+            drawn.append(picture(np.frombuffer(path.read_bytes(), np.uint8), grey16=here.about.get("grey16_range")))
         except BadImage as error:
             raise ValueError(f"{path} cannot be decoded: {error}") from None
     vectors = [torch.tensor(np.asarray(here.features[row])) for row in rows]
@@ -127,6 +128,8 @@ def embed_files(images: Sequence[Path], about: dict[str, Any], run: str | None) 
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
         source = open_source(folder, cache_dir=folder)
+        manifests = [replace(m, grey16_range=about.get("grey16_range")) for m in source.manifests]
+        source = replace(source, manifests=tuple(manifests))
         batches = feature_batches(embed, source, CentralCrops(size, (mean, std), about["resize"]))
         vectors = [vector for batch in batches for vector in batch.features]
     if len(vectors) != len(images):

@@ -22,7 +22,7 @@ from pipeline.pixels.decode import (
     refusing,
     upright,
 )
-from pipeline.pixels.formats import sniff
+from pipeline.pixels.formats import Grey16, sniff
 from pipeline.pixels.screen import inspect
 
 KEPT = ("png", "webp")  # formats that a shrunken image is written in again unless `convert`; the others become PNG
@@ -48,6 +48,7 @@ class Options:
     short_side: int = 0  # larger images are shrunk to it; 0: none
     quality: int = 90  # of JPEG and WebP that are written anew
     convert: bool = False  # other formats to JPEG
+    grey16_range: Grey16 | None = None  # black and white of grey of more than 8 bits; None: the file's
 
 
 def prepare(data: bytes, name: str, options: Options, remark: Remark = ignore) -> tuple[bytes, str]:
@@ -73,7 +74,7 @@ def prepare(data: bytes, name: str, options: Options, remark: Remark = ignore) -
         if 0 < options.short_side < min(width, height) or (options.convert and extension != "jpg"):
             return _encode_again(data, image, extension, usual, options, remark)
         if not options.no_verify:
-            check_decodes(image, usual=usual, remark=remark)
+            check_decodes(image, usual=usual, remark=remark, grey16=options.grey16_range)
     except BadImage as error:
         if not (only_header and error.reason == "does not decode"):
             raise Rejected(error.reason, error.detail) from None
@@ -86,7 +87,7 @@ def _encode_again(
     kind = "jpg" if options.convert or extension == "jpg" else extension if extension in KEPT else "png"
     with refusing():
         small = _shrink_jpeg(data, image, options) if usual and extension == "jpg" and image.mode == "RGB" else None
-        pixels = plain(image, remark) if small is None else Image.fromarray(small)
+        pixels = plain(image, remark, options.grey16_range) if small is None else Image.fromarray(small)
         turn = orientation(image)
         profile = b"" if image.mode == "CMYK" else _profile(image.info.get("icc_profile"))
         if small is not None and not profile and turn == 1:

@@ -8,6 +8,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.packing.plan import PlannedShard, duplicate_pairs
 from pipeline.packing.retry import Retry
 from pipeline.packing.survey import listed_kinds
 from pipeline.pixels.decode import BadImage, picture
+from pipeline.pixels.formats import Grey16
 from pipeline.sources.index import image_rank
 from pipeline.sources.manifest import Manifest, Shard, parse_manifest, save_manifest
 
@@ -38,6 +40,7 @@ def finish(
     shards: Sequence[PlannedShard],
     seed: int,
     retry: Retry | None = None,
+    grey16: Grey16 | None = None,
 ) -> dict[str, Any]:
     """Writes what belongs to the shards and returns the counts; with `retry`, of these shards and those before.
 
@@ -88,11 +91,12 @@ def finish(
         raise RuntimeError(f"found {found} != packed {packed} + rejected {rejected} + duplicates {duplicates}")
     for split, of_split in made.items():
         folder = _folder(dest, split)
-        _save_manifest(Manifest(folder, tuple(of_split), class_names(listing)), files.join(folder, "manifest.json"))
+        manifest = Manifest(folder, tuple(of_split), class_names(listing), grey16_range=grey16)
+        _save_manifest(manifest, files.join(folder, "manifest.json"))
     tars = [
         (s, shard.samples) for split, of in made.items() for shard in of for s in [f"{split}/{shard.path}".lstrip("/")]
     ]
-    files.write(files.join(dest, CONTACT_SHEET), contact_sheet(dest, tars, class_names(listing), seed))
+    files.write(files.join(dest, CONTACT_SHEET), contact_sheet(dest, tars, class_names(listing), seed, grey16))
     labels.pop("", None)
     counts = {
         "found": found,
@@ -137,7 +141,7 @@ def _save_manifest(manifest: Manifest, place: str) -> None:
         return
     with files.writing(place) as file:
         here = Path(file.name).with_suffix(".json")
-        save_manifest(Manifest(str(here.parent), manifest.shards, manifest.classes), here)
+        save_manifest(replace(manifest, root=str(here.parent)), here)
         file.write(here.read_bytes())
         here.unlink()
 
@@ -153,7 +157,9 @@ def _write_duplicates(dest: str, journal: Path, listing: Listing) -> int:
     return count
 
 
-def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[str], seed: int) -> bytes:
+def contact_sheet(
+    dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[str], seed: int, grey16: Grey16 | None = None
+) -> bytes:
     """A PNG of images from all over the shards, with their classes: a look at it shows most mistakes."""
     import matplotlib  # a fifth of a second, in no hurry
 
@@ -166,7 +172,7 @@ def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[
     draw = ImageDraw.Draw(sheet)
     for cell, number in enumerate(chosen):
         tar, samples = tars[i := bisect.bisect(ends, number)]
-        image, label = _sample(files.join(dest, tar), number - ends[i] + samples)
+        image, label = _sample(files.join(dest, tar), number - ends[i] + samples, grey16)
         thumbnail = ImageOps.contain(image, (CELL - 4, CELL - 4))
         x, y = cell % across * CELL, cell // across * (CELL + CAPTION)
         sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
@@ -180,7 +186,7 @@ def contact_sheet(dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[
     return buffer.getvalue()
 
 
-def _sample(tar: str, row: int) -> tuple[Image.Image, str]:
+def _sample(tar: str, row: int, grey16: Grey16 | None = None) -> tuple[Image.Image, str]:
     """A picture (black when it does not decode: with --no_verify it may not) and its label, "" without one."""
     line = files.read(tar.removesuffix(".tar") + ".idx").decode().split("\n")[row + 1].split(" ")
     parts = {line[i]: (int(line[i + 1]), int(line[i + 2])) for i in range(0, len(line), 4)}
@@ -188,7 +194,8 @@ def _sample(tar: str, row: int) -> tuple[Image.Image, str]:
     best = min((name for name in parts if image_rank(name) >= 0), key=image_rank, default=None)
     if best is not None:
         with contextlib.suppress(BadImage):
-            return picture(np.frombuffer(_range(tar, *parts[best]), np.uint8), least_side=CELL), label
+            encoded = np.frombuffer(_range(tar, *parts[best]), np.uint8)
+            return picture(encoded, grey16=grey16, least_side=CELL), label
     return Image.new("RGB", (CELL, CELL)), label
 
 

@@ -2,8 +2,10 @@
 
 1. The first bytes choose the decoder (`formats`). No other is asked, so that no file can start a program (Ghostscript).
 2. Sizes are checked before memory is asked for, those too that Pillow does not look at (`headers`).
-3. Pixels are 8 bits a channel. Alpha is dropped before anything else, and the colour under it stays; 16 bits of grey
-   are scaled to 8; float and 32-bit integers, which have no black and no white, are refused.
+3. Pixels are 8 bits a channel, in one band or three. Alpha is dropped before anything else, and the colour under it
+   stays; of 16 bits of grey the high byte is taken, or the range that the manifest gives is scaled to 8; float and
+   32-bit integers, which have no black and no white, are refused, and so are further bands that are no alpha and no
+   CMYK (infrared): nothing says which three are to be shown.
 4. The picture is set upright as its EXIF or XMP says, once.
 """
 
@@ -31,7 +33,7 @@ from PIL import (
 )
 
 from pipeline.pixels import headers, libtiff
-from pipeline.pixels.formats import sniff
+from pipeline.pixels.formats import Grey16, sniff
 
 # 300 MB of RGB, make_shards' limit too. A larger picture takes more memory than two batches of usual ones, and may be a
 # decompression bomb.
@@ -58,6 +60,9 @@ ANNOUNCED = {  # sizes that Pillow would ask memory for before it could be asked
     "j2k": headers.jpeg2000_size,
 }
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 0x0112, 0x0102, 0x0106, 0x0142, 0x0143  # tags
+SAMPLES_PER_PIXEL, INK_SET, EXTRA_SAMPLES = 0x0115, 0x014C, 0x0152
+RGB, CMYK = 2, 5  # values of PHOTOMETRIC
+ALPHAS = (1, 2, 999)  # values of EXTRA_SAMPLES; the last is Corel Draw's
 TURNS = {  # EXIF orientation -> the operation that sets the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -87,27 +92,35 @@ def ignore(kind: str, detail: str) -> None:
     """The `Remark` of callers whom nothing but the pixels concerns."""
 
 
-def decode(encoded: np.ndarray, max_pixels: int = MAX_PIXELS, remark: Remark = ignore) -> np.ndarray:
-    """The pixels of the first frame, upright: uint8 [H, W, 3]. BadImage when there is no using the image."""
-    return np.asarray(picture(encoded, max_pixels, remark))
+def decode(
+    encoded: np.ndarray, max_pixels: int = MAX_PIXELS, remark: Remark = ignore, *, grey16: Grey16 | None = None
+) -> np.ndarray:
+    """The pixels of the first frame, upright: uint8 [H, W, 3]. BadImage when there is no using the image. grey16: black
+    and white of grey with more than 8 bits, from the manifest of the images; None: those of the file's bits."""
+    return np.asarray(picture(encoded, max_pixels, remark, grey16=grey16))
 
 
 def picture(
-    encoded: np.ndarray, max_pixels: int = MAX_PIXELS, remark: Remark = ignore, *, least_side: int = 0
+    encoded: np.ndarray,
+    max_pixels: int = MAX_PIXELS,
+    remark: Remark = ignore,
+    *,
+    grey16: Grey16 | None = None,
+    least_side: int = 0,
 ) -> Image.Image:
     """As `decode`, as an RGB image. With `least_side` a large JPEG comes smaller, its sides no less than that."""
     image = open_image(encoded, max_pixels)
     with refusing():
         if least_side and image.format == "JPEG":
             image.draft("RGB", (least_side, least_side))
-        pixels = plain(image, remark)
+        pixels = plain(image, remark, grey16)
         return upright(pixels if pixels.mode == "RGB" else pixels.convert("RGB"), orientation(image))
 
 
 def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with its header read and its sizes checked; its pixels are decoded by `plain`.
 
-    BadImage when it is of no format that is taken, too large, or made of numbers without black and white.
+    BadImage when it is of no format that is taken, too large, or made of bands or numbers that nobody can show.
     """
     data = encoded.data
     if len(data) == 0:
@@ -123,6 +136,7 @@ def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image
         if kind == "png":
             for _ in png_chunks(data):  # Pillow itself does not look at the checksums of the pixels
                 pass
+        _check_bands(kind, data)
         image = _decoder(kind)(io.BytesIO(data))
         check_pixels(*image.size, max_pixels)
         if kind == "tif":  # libtiff makes room for a whole tile, however small the image
@@ -139,7 +153,7 @@ def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image
     return image
 
 
-def plain(image: Image.Image, remark: Remark = ignore) -> Image.Image:
+def plain(image: Image.Image, remark: Remark = ignore, grey16: Grey16 | None = None) -> Image.Image:
     """Decodes what `open_image` opened: mode L, RGB or CMYK, 8 bits, without alpha or palette; not turned yet, but for
     TIFF, which Pillow itself turns. May raise what Pillow raises: see `refusing`."""
     if image.format == "TIFF":
@@ -153,7 +167,7 @@ def plain(image: Image.Image, remark: Remark = ignore) -> Image.Image:
     else:
         image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _eight_bits(image, remark)
+        return _eight_bits(image, remark, grey16)
     if image.mode in ("L", "RGB", "CMYK"):
         return image
     if image.mode == "La":  # colour that was multiplied by its alpha
@@ -161,7 +175,7 @@ def plain(image: Image.Image, remark: Remark = ignore) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
-def check_decodes(image: Image.Image, *, usual: bool, remark: Remark = ignore) -> None:
+def check_decodes(image: Image.Image, *, usual: bool, remark: Remark = ignore, grey16: Grey16 | None = None) -> None:
     """BadImage when what `open_image` opened cannot be decoded. `usual`: `screen.inspect` knows its size."""
     with refusing():
         if usual and image.format == "JPEG":
@@ -170,7 +184,7 @@ def check_decodes(image: Image.Image, *, usual: bool, remark: Remark = ignore) -
             image.draft("L", (max(image.width // 8, 1), max(image.height // 8, 1)))
             image.load()
         else:
-            plain(image, remark)
+            plain(image, remark, grey16)
 
 
 def orientation(image: Image.Image) -> int:
@@ -243,18 +257,47 @@ def _decoder(kind: str) -> Callable[[io.BytesIO], Image.Image]:
     return DECODERS[kind]
 
 
-def _eight_bits(image: Image.Image, remark: Remark) -> Image.Image:
-    """Grey of 16 bits, or 12 in a TIFF that says so, as mode L: the high byte."""
+def _check_bands(kind: str, data: memoryview) -> None:
+    """BadImage for more than three bands that are neither alpha nor CMYK. Only TIFF and JPEG 2000 can have them."""
+    bands = others = 0
+    if kind == "tif":
+        file = io.BytesIO(data)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if data[2] == 43 or data[3] == 43 else 8))
+        file.seek(tags.next)
+        tags.load(file)
+        bands, extra = int(tags.get(SAMPLES_PER_PIXEL, 1)), tags.get(EXTRA_SAMPLES)
+        others = sum(value in ALPHAS for value in extra or ())
+        if extra is None and bands == 4 and tags.get(PHOTOMETRIC) == RGB:
+            others = 1  # not declared, and alpha for every reader
+        others += tags.get(PHOTOMETRIC) == CMYK and tags.get(INK_SET, 1) == 1
+    elif kind in ("jp2", "j2k"):
+        with contextlib.suppress(IndexError, struct.error):  # it ends too early, as its decoder will say
+            bands, others = headers.jpeg2000_bands(data)
+    if bands - others > 3:
+        raise BadImage(
+            "more than three bands",
+            f"{bands} bands, {others or 'none'} of them alpha or the black of CMYK: write the three that are to be "
+            "seen into a file first (gdal_translate -b 1 -b 2 -b 3)",
+        )
+
+
+def _eight_bits(image: Image.Image, remark: Remark, grey16: Grey16 | None) -> Image.Image:
+    """Grey of 16 bits, or 12 in a TIFF that says so, as mode L: `grey16` scaled to 0 to 255, or the high byte."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
     brightest = int(values.max())
-    if bits == 16 and 0 < brightest < DARK:
+    if grey16 is None and bits == 16 and 0 < brightest < DARK:
         remark(
             "dark 16-bit grey",
-            f"values reach {brightest:,} of 65,535 and stay as they are; if they have fewer bits, scale them first",
+            f"values reach {brightest:,} of 65,535 and stay as they are; if black and white are other values, give "
+            "make_shards --grey16_range LOW HIGH, or a card grey16_range",
         )
-    grey = (values >> (bits - 8)).astype(np.uint8)
+    low, high = grey16 or (0, (1 << bits) - 1)
+    levels = ((np.arange(1 << 16) - low) * 256 // (high - low + 1)).clip(0, 255).astype(np.uint8)
+    grey = np.empty(values.shape, np.uint8)
+    for y in range(0, len(values), 256):  # looking up needs eight bytes for each pixel
+        grey[y : y + 256] = levels[values[y : y + 256]]
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)  # 0: white is zero
 
 

@@ -1,6 +1,8 @@
-"""Which files count as images: the one list of names, and the one look at first bytes."""
+"""Which files count as images: the one list of names, and the one look at first bytes; and what a manifest or card may
+say of them."""
 
 import re
+from typing import Any
 
 # Best first: where a sample has several images, the one whose extension stands earliest here is read.
 EXTENSIONS = (
@@ -8,6 +10,8 @@ EXTENSIONS = (
     *("ppm", "pgm", "pnm", "gif", "avif", "jp2"),
     *("apng", "mpo", "j2k", "dib", "pbm", "heic", "heif"),
 )
+
+Grey16 = tuple[int, int]  # the values of 16-bit grey that are black and white
 
 _BITMAP_HEADERS = {size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)}
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -36,3 +40,16 @@ def sniff(data: bytes | memoryview) -> str:
     if head[:2] == b"BM" and head[14:18] in _BITMAP_HEADERS:
         return "bmp"
     return "dib" if head[:4] in _BITMAP_HEADERS else ""
+
+
+def grey16_range(value: Any, where: str) -> Grey16 | None:
+    """Black and white of 16-bit grey, as flag, manifest and card give them; None for none. ValueError that names
+    `where` they stand."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) != 2 or any(type(number) is not int for number in value):
+        raise ValueError(f"{where} {str(value)[:40]}: it must be two whole numbers, black and white, such as 0 4095")
+    low, high = value
+    if not 0 <= low < high <= 65535:
+        raise ValueError(f"{where} {low} {high}: from 0 to 65535, the first below the second")
+    return low, high

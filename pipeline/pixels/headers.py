@@ -40,10 +40,35 @@ def webp_size(data: memoryview) -> tuple[int, int]:
 
 
 def jpeg2000_size(data: memoryview) -> tuple[int, int]:
-    """The image in the codestream, which the header around it need not agree with; (0, 0) when there is none.
+    """The image in the codestream, which the header around it need not agree with; (0, 0) when there is none."""
+    begin = _codestream(data)
+    if begin is None:
+        return 0, 0
+    right, bottom, left, top = struct.unpack_from(">4I", data, begin + 8)
+    return right - left, bottom - top
 
-    ValueError for more than four components, each of which would take as much memory again.
-    """
+
+def jpeg2000_bands(data: memoryview) -> tuple[int, int]:
+    """Components of the codestream, and how many of them are alpha or the black of CMYK; (0, 0) when there is none. The
+    fourth of a bare codestream, which says nothing of it, is alpha, as for every reader."""
+    begin = _codestream(data)
+    if begin is None:
+        return 0, 0
+    (components,) = struct.unpack_from(">H", data, begin + 40)
+    if begin == 0:
+        return components, int(components == 4)
+    header, others = bytes(data[:begin]), 0
+    if (at := header.find(b"cdef")) >= 0:  # of each channel its number, type (1 and 2 are opacity) and association
+        (count,) = struct.unpack_from(">H", header, at + 4)
+        kinds = [struct.unpack_from(">H", header, at + 8 + 6 * i)[0] for i in range(min(count, 5))]
+        others += 1 in kinds or 2 in kinds
+    if (at := header.find(b"colr\x01")) >= 0:
+        others += header[at + 7 : at + 11] == b"\0\0\0\x0c"  # the enumerated colour space CMYK
+    return components, others
+
+
+def _codestream(data: memoryview) -> int | None:
+    """Where it begins; None when there is none."""
     position = 0
     while data[position : position + 4] != b"\xff\x4f\xff\x51":
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -52,13 +77,8 @@ def jpeg2000_size(data: memoryview) -> tuple[int, int]:
             (length,) = struct.unpack_from(">Q", data, position + 8)
             header = 16
         if kind == b"jp2c":
-            position += header
-            break
+            return position + header
         if length < header:
-            return 0, 0
+            return None
         position += length
-    right, bottom, left, top = struct.unpack_from(">4I", data, position + 8)
-    (components,) = struct.unpack_from(">H", data, position + 40)
-    if components > 4:
-        raise ValueError(f"JPEG 2000 with {components:,} components")
-    return right - left, bottom - top
+    return position

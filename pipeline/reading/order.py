@@ -270,6 +270,19 @@ def make_order(source: Source, batch_size: int, seed: int) -> Order:
     )
 
 
+def spread(samples: int, wanted: int, runs: int, rank: int = 0, world_size: int = 1) -> list[range]:
+    """One rank's part of `wanted` ids from all over a source, in `runs` runs of neighbours, which are cheap to read; of
+    all ids where there are fewer."""
+    wanted = min(wanted, samples)
+    runs = min(runs, wanted)
+    found = []
+    for run in range(runs):
+        begin, length = samples * run // runs, wanted * (run + 1) // runs - wanted * run // runs
+        low, high = (length * r // world_size for r in (rank, rank + 1))
+        found.append(range(begin + low, begin + high))
+    return found
+
+
 def draw_of_ids(source: Source, ids: Ints, epoch: int = 0) -> Draw:
     """Where the samples with these ids lie."""
     m = np.searchsorted(source.id_offsets, ids, side="right") - 1

@@ -279,7 +279,7 @@ class Reader:
                 print(f"note: {where}: {kind}: {detail} (said once, there may be more)", file=sys.stderr)
 
         try:
-            return as_ppm(decode(data, self.max_pixels, say_once))
+            return as_ppm(decode(data, self.max_pixels, say_once, grey16=self.source.manifests[m].grey16_range))
         except BadImage as error:
             return str(error)
 

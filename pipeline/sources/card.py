@@ -6,6 +6,7 @@ A card lists sources with weights: of all images that training sees, each source
       - {data: in1m/train, weight: 1, name: in1m}        # a folder, relative to this card
       - {data: "s3://bucket/web/{00000..00999}.tar", weight: 3, name: web}
       - {data: "s3://public-bucket/photos", weight: 1, anonymous: true}    # read without credentials
+      - {data: scans, weight: 1, grey16_range: [0, 4095]}    # black and white of 16-bit grey
     lanes: 8             # optional: how the samples are shuffled, see pipeline.reading.order
     chunk_shards: 4      # or: all
 """
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.files import exists, is_remote, local_path
+from pipeline.pixels.formats import Grey16, grey16_range
 from pipeline.sources.remote import ANONYMOUS
 
 LARGEST_WEIGHT = 1e100
@@ -26,11 +28,13 @@ DEEPEST = 20  # levels of lists and mappings in a card, which has three
 
 
 class CardSource(NamedTuple):
-    """A source of a card. weight: None where none of the card's sources has one."""
+    """A source of a card. weight: None where none of the card's sources has one. grey16_range: None for what its
+    manifest says."""
 
     data: str
     weight: float | None
     name: str
+    grey16_range: Grey16 | None = None
 
 
 class Card(NamedTuple):
@@ -92,7 +96,7 @@ def _problem(events: Iterable[yaml.Event]) -> str:
 def _entry(entry: Any, card: Path, where: str) -> CardSource:
     if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
         raise ValueError(f"{where}: needs `data:`, which is a folder, tars or a URL")
-    _known_keys(entry, {"data", "weight", "name", "anonymous"}, where)
+    _known_keys(entry, {"data", "weight", "name", "anonymous", "grey16_range"}, where)
     data = entry["data"]
     if not exists(card.parent / local_path(data)):
         data = os.path.expandvars(data)
@@ -116,7 +120,7 @@ def _entry(entry: Any, card: Path, where: str) -> CardSource:
         )
     if type(name) not in (str, int, float):
         raise ValueError(f"{where}: name must be a word, not {str(name)[:40]}")
-    return CardSource(data, weight, str(name))
+    return CardSource(data, weight, str(name), grey16_range(entry.get("grey16_range"), f"{where}: grey16_range"))
 
 
 def _known_keys(given: dict[Any, Any], known: set[str], where: str) -> None:

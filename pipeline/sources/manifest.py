@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from pipeline.files import is_remote, local_path, read, write_atomically
+from pipeline.pixels.formats import Grey16, grey16_range
 
 FORMAT = 1
 LARGEST = 1 << 56  # bytes or samples of a shard; more is damage, and sums of it would not fit into an int64
@@ -36,13 +37,14 @@ class Manifest:
     """The shards of one source. Their order gives every sample its id, so it never changes.
 
     `root` is the folder or URL that relative paths start from, `index_root` that of the `.idx` files when it is
-    another.
+    another. `grey16_range` are black and white of grey images of more than 8 bits, where they are not the file's.
     """
 
     root: str
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()
     index_root: str = ""
+    grey16_range: Grey16 | None = None
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
@@ -56,10 +58,13 @@ class Manifest:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """32 hex digits over the shards' names, counts and sizes: equal for the same data wherever it lies."""
+        """32 hex digits over the shards' names, counts and sizes, and the range of 16-bit grey where one is given:
+        equal for the same data wherever it lies."""
         digest = xxhash.xxh3_128()
         for s in self.shards:
             digest.update(f"{s.path}\t{s.samples}\t{s.bytes}\n".encode("utf-8", "surrogateescape"))
+        if self.grey16_range is not None:
+            digest.update("grey16 {} {}\n".format(*self.grey16_range).encode())
         return digest.hexdigest()
 
     def shard_url(self, shard: int) -> str:
@@ -89,6 +94,8 @@ def save_manifest(manifest: Manifest, path: str | Path) -> None:
     head: dict[str, object] = {"format": FORMAT, "samples": manifest.samples, "classes": list(manifest.classes)}
     if is_remote(manifest.root) or Path(manifest.root).absolute() != Path(folder).absolute():
         head["root"] = manifest.root
+    if manifest.grey16_range is not None:
+        head["grey16_range"] = list(manifest.grey16_range)
     lines = [
         json.dumps({"path": s.path, "samples": s.samples, "bytes": s.bytes, "checksum": s.checksum})
         for s in manifest.shards
@@ -118,6 +125,7 @@ def parse_manifest(content: bytes, url: str) -> Manifest:
             raise ValueError("`root` is no text or `classes` is no list of texts")
         if not _is_path(root):
             raise ValueError(f"`root` is {_short(root)!r}, which no folder can have as its name")
+        grey16 = grey16_range(head.get("grey16_range"), "`grey16_range`")
     except RecursionError:
         raise ValueError(
             f"{url} is not a manifest (it is nested too deeply): delete it to have it built again"
@@ -127,7 +135,7 @@ def parse_manifest(content: bytes, url: str) -> Manifest:
     if other:
         raise ValueError(f"{url} has format {other}, this program reads {FORMAT}: update the one that is older")
     assert shards is not None
-    manifest = Manifest(root, tuple(shards), tuple(classes), index_root=folder if root != folder else "")
+    manifest = Manifest(root, tuple(shards), tuple(classes), folder if root != folder else "", grey16)
     announced = head.get("samples", manifest.samples)
     if not shards or min(s.samples for s in shards) < 1 or manifest.samples != announced:
         raise ValueError(

@@ -90,7 +90,8 @@ def open_source(
             try:
                 manifest = _open_manifest(entry.data, storage, workers or os.cpu_count() or 1, progress)
                 _warn_of_splits(entry.data, manifest)
-                manifests.append(manifest)
+                grey16 = entry.grey16_range or manifest.grey16_range
+                manifests.append(replace(manifest, grey16_range=grey16) if grey16 else manifest)
             except (ValueError, FileNotFoundError) as error:
                 kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
                 raise kind(f"{data}, source {number}: {error}" if is_card(data) else str(error)) from None
@@ -246,9 +247,14 @@ def _merge(parts: list[Manifest]) -> Manifest:
         raise ValueError(
             f"{parts[0].root} and the folders named with it have different classes: use a YAML card instead"
         )
+    if len({part.grey16_range for part in parts}) > 1:
+        raise ValueError(
+            f"{parts[0].root} and the folders named with it have different grey16_range: use a YAML card instead"
+        )
     root, paths = split_root([part.shard_url(i) for part in parts for i in range(len(part.shards))])
     shards = [shard for part in parts for shard in part.shards]
-    return Manifest(root, tuple(replace(s, path=path) for s, path in zip(shards, paths)), parts[0].classes)
+    shards = [replace(s, path=path) for s, path in zip(shards, paths)]
+    return Manifest(root, tuple(shards), parts[0].classes, grey16_range=parts[0].grey16_range)
 
 
 def _open_tars(names: Sequence[str], storage: Storage, workers: int, progress: bool) -> Manifest:

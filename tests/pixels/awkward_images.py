@@ -136,6 +136,45 @@ def dark_scans() -> dict[str, bytes]:
     return {"dark.png": encode(Image.fromarray(ramp), "PNG"), "dark.tif": encode(Image.fromarray(ramp), "TIFF")}
 
 
+def bands(number: int, *, photometric: int = 2, extra: tuple[int, ...] = ()) -> bytes:
+    """The quadrants as a TIFF of so many bands, those behind the third like the first. extra: what the tag says of the
+    further ones: 0 nothing, 1 and 2 alpha."""
+    pixels = np.asarray(quadrants())
+    data = np.concatenate([pixels, pixels[..., :1].repeat(number - 3, 2)], 2).tobytes()
+    height, width, _ = pixels.shape
+    # Values of more than four bytes lie between the tags and the pixels.
+    tags: list[tuple[int, tuple[int, ...]]] = [(256, (width,)), (257, (height,)), (258, (8,) * number), (259, (1,))]
+    tags += [(262, (photometric,)), (273, (0,)), (277, (number,)), (278, (height,)), (279, (len(data),))]
+    tags += [(338, extra)] if extra else []
+    begin = 8 + 2 + 12 * len(tags) + 4
+    behind, entries = b"", b""
+    for tag, values in tags:
+        if tag in (273, 279):  # 32 bits
+            where = begin + sum(2 * len(v) for _, v in tags if len(v) > 2)
+            entries += struct.pack("<HHII", tag, 4, 1, where if tag == 273 else len(data))
+            continue
+        packed = struct.pack(f"<{len(values)}H", *values)
+        if len(packed) <= 4:
+            entries += struct.pack("<HHI4s", tag, 3, len(values), packed)
+        else:
+            entries += struct.pack("<HHII", tag, 3, len(values), begin + len(behind))
+            behind += packed
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + behind + data
+
+
+def too_many_bands() -> dict[str, bytes]:
+    """Infrared and the like, as satellites and microscopes have it."""
+    with_alpha = encode(quadrants().convert("RGBA"), "JPEG2000")
+    assert b"cdef" in with_alpha
+    return {
+        "infrared.tif": bands(4, extra=(0,)),
+        "infrared_and_alpha.tif": bands(5, extra=(2, 0)),
+        "four_greys.tif": bands(4, photometric=1, extra=(0, 0, 0)),
+        "eight.tif": bands(8, photometric=1, extra=(0,) * 7),
+        "infrared.jp2": with_alpha.replace(b"cdef", b"free"),
+    }
+
+
 def other_forms() -> dict[str, bytes]:
     """The quadrants in every format and mode that is taken."""
     image = quadrants()
@@ -156,6 +195,12 @@ def other_forms() -> dict[str, bytes]:
         "animated.gif": encode(image.quantize(8), "GIF", save_all=True, append_images=[image.rotate(180).quantize(8)]),
         "plain.jp2": encode(image, "JPEG2000"),
         "codestream.j2k": encode(image, "JPEG2000", no_jp2=True),
+        "alpha.tif": bands(4, extra=(2,)),
+        "undeclared_alpha.tif": bands(4),
+        "alpha.jp2": encode(image.convert("RGBA"), "JPEG2000"),
+        "alpha.j2k": encode(image.convert("RGBA"), "JPEG2000", no_jp2=True),
+        "cmyk.tif": encode(image.convert("CMYK"), "TIFF"),
+        "cmyk.jp2": encode(image.convert("CMYK"), "JPEG2000"),
     }
 
 

@@ -9,13 +9,24 @@ import os
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from awkward_images import bombs, encode, known_images, not_images, quadrants, without_black_and_white
+from awkward_images import (
+    bombs,
+    dark_scans,
+    encode,
+    known_images,
+    not_images,
+    quadrants,
+    sixteen_bits,
+    too_many_bands,
+    without_black_and_white,
+)
 from PIL import Image
 from sample_shards import write_shards
 from torchvision.transforms import functional
@@ -61,7 +72,8 @@ def as_pixels(view: torch.Tensor) -> np.ndarray:
 
 
 def looked_at(shards: Path, monkeypatch: pytest.MonkeyPatch, *, bad: bool = False) -> dict[str, Pictures]:
-    """Way -> what each of the samples looks like, of those that are not left out. `bad`: some are."""
+    """Way -> what each of the samples looks like, of those that are not left out. `bad`: some are. shards: their
+    folder, or a card."""
     source, storage = open_source(str(shards)), Storage()
     (manifest,) = source.manifests
     keys = [
@@ -87,7 +99,9 @@ def looked_at(shards: Path, monkeypatch: pytest.MonkeyPatch, *, bad: bool = Fals
         ways["preview"] = {names[i]: pixels for i, pixels in views_shown.items()}
         ways["preview's original"] = {names[i]: pixels for i, pixels in originals_shown.items()}
         rows = [(f"{shards}/{s.path}", row) for s in manifest.shards for row in range(s.samples)]
-        ways["contact sheet"] = {name: whole(summary._sample(*row)[0]) for name, row in zip(names, rows)}
+        ways["contact sheet"] = {
+            name: whole(summary._sample(*row, manifest.grey16_range)[0]) for name, row in zip(names, rows)
+        }
     return ways
 
 
@@ -131,14 +145,21 @@ class File(NamedTuple):
 
 
 def compare_all_paths(
-    files: list[File], folder: Path, monkeypatch: pytest.MonkeyPatch, *, short_side: int, lossy: float
+    files: list[File],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    short_side: int,
+    lossy: float,
+    grey16: tuple[int, int] | None = None,
 ) -> list[str]:
-    """What is wrong, a line each. `lossy`: how much (see `difference`) encoding or resizing again may change."""
+    """What is wrong, a line each. `lossy`: how much (see `difference`) encoding or resizing again may change. grey16:
+    black and white of 16-bit grey, given to make_shards or in a card."""
     packings = {
-        "as it is": Options(),
-        "--short_side": Options(short_side=short_side),
-        "--convert": Options(convert=True),
-        "--short_side --convert": Options(short_side=short_side, convert=True),
+        "as it is": Options(grey16_range=grey16),
+        "--short_side": Options(short_side=short_side, grey16_range=grey16),
+        "--convert": Options(convert=True, grey16_range=grey16),
+        "--short_side --convert": Options(short_side=short_side, convert=True, grey16_range=grey16),
     }
     names = [f"n{i:04d}" for i in range(len(files))]
     expected = {name: whole(file.shown) for name, file in zip(names, files) if file.shown is not None}
@@ -148,7 +169,11 @@ def compare_all_paths(
     for name, content in named:
         (images / name).write_bytes(content)
     write_shards(folder / "unpacked", [(name, content, None) for name, content in named], per_shard=100)
-    ways = {("unpacked", way): seen for way, seen in looked_at(folder / "unpacked", monkeypatch, bad=True).items()}
+    unpacked = folder / "unpacked"
+    if grey16 is not None:
+        unpacked = folder / "card.yaml"
+        unpacked.write_text(f"sources: [{{data: unpacked, grey16_range: {list(grey16)}}}]")
+    ways = {("unpacked", way): seen for way, seen in looked_at(unpacked, monkeypatch, bad=True).items()}
     for packing, options in packings.items():
         make_shards(str(images), str(folder / packing), options=options)
         ways |= {(packing, way): seen for way, seen in looked_at(folder / packing, monkeypatch).items()}
@@ -173,9 +198,23 @@ def compare_all_paths(
 def test_known_images_and_what_must_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The other turns are known from test_decode.py.
     files = [File(name, *known) for name, known in known_images().items() if name[:8] not in OTHER_TURNS]
-    refused = bombs() | not_images() | without_black_and_white() | damaged()
+    refused = bombs() | not_images() | without_black_and_white() | too_many_bands() | damaged()
     files += [File(name, content, None) for name, content in refused.items()]
     assert compare_all_paths(files, tmp_path, monkeypatch, short_side=56, lossy=3) == []
+
+
+def test_the_range_of_12_bit_scans_is_the_same_on_all_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set once, by make_shards or a card; packing again from shards of ours keeps it."""
+    ramp = (np.linspace(0, 4095, 120) // 16).astype(np.uint8)[None, :, None].repeat(60, 0).repeat(3, 2)
+    files = [File(name, content, ramp) for name, content in dark_scans().items()]
+    files += [File("grey12.tif", sixteen_bits()["grey12.tif"], ramp)]
+    files += [File("plain.png", encode(quadrants(), "PNG"), np.asarray(quadrants()))]
+    files += [File("infrared.tif", too_many_bands()["infrared.tif"], None)]
+    assert compare_all_paths(files, tmp_path, monkeypatch, short_side=56, lossy=3, grey16=(0, 4095)) == []
+    make_shards(str(tmp_path / "as it is" / "*.tar"), str(tmp_path / "again"), options=Options())
+    once, again = (open_source(str(tmp_path / name)).manifests[0] for name in ("as it is", "again"))
+    assert once.grey16_range == again.grey16_range == (0, 4095)
+    assert replace(once, grey16_range=None).fingerprint != once.fingerprint, "other pixels are other data"
 
 
 def damaged() -> dict[str, bytes]:

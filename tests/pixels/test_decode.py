@@ -74,6 +74,32 @@ def test_numbers_without_black_and_white_are_refused() -> None:
             assert caught.value.reason == "no black and white" and "8 or 16 bits first" in caught.value.detail
 
 
+def test_more_than_three_bands_are_refused() -> None:
+    """Nothing says which three are to be seen: before, Pillow showed the first three of some, and refused others by an
+    error of its own."""
+    for name, content in awkward_images.too_many_bands().items():
+        assert reason(content) == "more than three bands", name
+        for options in (Options(), Options(short_side=30), Options(convert=True), Options(no_verify=True)):
+            with pytest.raises(Rejected, match="bands") as caught:
+                prepare(content, name, options)
+            assert "write the three that are to be seen" in caught.value.detail
+
+
+def test_a_given_range_of_grey_is_black_to_white() -> None:
+    """Below it black, above it white; the high byte without one. 8 bits are left alone."""
+    ramp = np.linspace(0, 255, 120)
+    for name, content in awkward_images.dark_scans().items():
+        found = decode(as_array(content), grey16=(0, 4095), remark=lambda *said: pytest.fail(str(said)))
+        assert np.abs(found - ramp[None, :, None]).max() <= 1, name
+        assert (decode(as_array(content), grey16=(1024, 3071))[0, [0, 29, 90, 119], 0] == [0, 0, 255, 255]).all()
+    twelve = awkward_images.sixteen_bits()["grey12.tif"]
+    assert (decode(as_array(twelve), grey16=(0, 4095)) == decode(as_array(twelve))).all()
+    inverted = awkward_images.sixteen_bits()["grey16_white_is_zero.tif"]
+    assert np.abs(decode(as_array(inverted), grey16=(0, 65535)) - ramp[None, :, None]).max() <= 1
+    plain = encode(quadrants(), "PNG")
+    assert (decode(as_array(plain), grey16=(0, 100)) == np.asarray(quadrants())).all()
+
+
 def test_dark_scans_are_told_of() -> None:
     said: list[tuple[str, str]] = []
 

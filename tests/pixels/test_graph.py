@@ -151,6 +151,8 @@ def test_formats() -> None:
         kernels_cpu.render(out, decoded, rows[0], np.array([[0, 0, 0], [1, 1, 1]], np.float32))
         difference = np.abs(found[i].permute(1, 2, 0).numpy() - out).mean() * 255
         assert difference <= (0 if i < len(lossless) else 0.6)
+    red, green, blue = found[-1]
+    assert torch.equal(red, green) and torch.equal(green, blue), "grey is three equal channels"
 
 
 def test_orientation_is_turned_upright_and_boxes_are_of_the_upright_image() -> None:

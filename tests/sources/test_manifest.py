@@ -468,7 +468,15 @@ def test_card(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("sources: []", "a card is `sources:`"),
         ("sources: copy", "a card is `sources:`"),
         ("sources: [{data: copy}]\nlane: 4", "unknown key lane; known are chunk_shards, lanes, sources"),
-        ("sources: [{data: copy, wieght: 1}]", "source 1: unknown key wieght; known are anonymous, data, name, weight"),
+        (
+            "sources: [{data: copy, grey16_range: [4095, 0]}]",
+            "grey16_range 4095 0: from 0 to 65535, the first",
+        ),
+        ("sources: [{data: copy, grey16_range: 4095}]", "source 1: grey16_range 4095: it must be two whole numbers"),
+        (
+            "sources: [{data: copy, wieght: 1}]",
+            "source 1: unknown key wieght; known are anonymous, data, grey16",
+        ),
         ("sources: [{weight: 1}]", "source 1: needs `data:`"),
         ("sources: [{data: copy, weight: 0}]", "weight 0 must be a number above 0"),
         ("sources: [{data: copy, weight: -1}]", "weight -1 must be"),
