@@ -152,17 +152,17 @@ class Order:
         return counts
 
     def chunks_at(self, epoch: int, step: int, rank: int, world_size: int) -> Ints:
-        """The chunks that this rank reads at this step, int64 [n, 4]: manifest, lane, the manifest's own epoch, chunk.
-
-        `upcoming_shards` changes only when they do."""
+        """The chunks in which this rank's lanes end this step, int64 [n, 4]: manifest, lane, the manifest's own epoch,
+        chunk. While they stay the same, `upcoming_shards` of the first such step holds what is needed: a step may run
+        through several small chunks, but one that ends where the step before it ended lies in that chunk."""
         share = self.batch_size // world_size
         slots = np.array([rank * share, (rank + 1) * share - 1])  # a rank's lanes lie between its first and its last
         first_lane, last_lane = (slots * self.lanes // self.batch_size).tolist()
         lanes = np.arange(first_lane, last_lane + 1, dtype=np.int64)
-        turn = (epoch * self.steps_per_epoch + step) * self._slots[lanes] + self._phase[lanes]
+        end = (epoch * self.steps_per_epoch + step + 1) * self._slots[lanes] + self._phase[lanes]
         chunks = []
         for m in range(len(self.counts)):
-            ordinal = self._count(m, turn) - self._count(m, self._phase[lanes])
+            ordinal = np.maximum(self._count(m, end) - self._count(m, self._phase[lanes]) - 1, 0)
             own_epoch, position = np.divmod(ordinal, self._usable[m][lanes])
             chunk = np.empty_like(lanes)
             for e in np.unique(own_epoch).tolist():
@@ -173,7 +173,7 @@ class Order:
 
     def upcoming_shards(self, epoch: int, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
         """The (manifest, shard) pairs that this rank needs from this step on, soonest first: those of the step, then
-        the chunk that each of its lanes reads, then the next chunk of each."""
+        the chunk in which each of its lanes ends it, then the next chunk of each."""
         draw = self.draw(epoch, step, rank, world_size)
         found = dict.fromkeys(zip(draw.manifest.tolist(), draw.shard.tolist()))
         following = []
