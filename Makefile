@@ -39,7 +39,7 @@ lint: install
 # The fast lane while working: everything but the tests that start processes. One thread for each of the two
 # workers: with more, they wait for each other's threads.
 check: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not process"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not process" --hypothesis-profile check
 
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -5,6 +5,7 @@ made-up lines that break it must be seen, and lines that look alike must not.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,8 +75,13 @@ def full_name(node: ast.AST, known: dict[str, str]) -> str:
     return ""
 
 
-def used_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+@functools.cache
+def used_names(tree: ast.AST) -> list[tuple[str, int]]:
     """Everything that is imported, named or called, in full, with its line."""
+    return list(find_names(tree))
+
+
+def find_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
     known = aliases(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -153,20 +159,22 @@ def retrying(tree: ast.AST) -> set[int]:
 RULES = {"decoding": decoding, "renaming": renaming, "progress": progress, "ending": ending, "retrying": retrying}
 
 
-def sources() -> dict[str, str]:
-    """Path in the repository -> text, of the product. Benchmarks measure other programs' ways too, so they are free."""
+@functools.cache
+def sources() -> dict[str, ast.AST]:
+    """Path in the repository -> what is written there, of the product. Benchmarks measure other programs' ways too, so
+    they are free."""
     paths = [REPOSITORY / f"{name}.py" for name in TOP]
     paths += [path for package in PACKAGES for path in sorted((REPOSITORY / package).rglob("*.py"))]
-    return {path.relative_to(REPOSITORY).as_posix(): path.read_text() for path in paths}
+    return {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text()) for path in paths}
 
 
 @pytest.mark.parametrize("policy", RULES)
 def test_one_place(policy: str) -> None:
     faults = [
         f"{file}:{line}"
-        for file, text in sources().items()
+        for file, tree in sources().items()
         if file != HOME[policy] and (policy, file) not in EXCEPTIONS
-        for line in sorted(RULES[policy](ast.parse(text)))
+        for line in sorted(RULES[policy](tree))
     ]
     assert faults == [], f"{policy} belongs in {HOME[policy]}"
 
@@ -174,7 +182,7 @@ def test_one_place(policy: str) -> None:
 @pytest.mark.parametrize("policy", RULES)
 def test_the_place_itself_is_seen(policy: str) -> None:
     """Else the rule sees nothing, or the policy has moved."""
-    assert RULES[policy](ast.parse(sources()[HOME[policy]]))
+    assert RULES[policy](sources()[HOME[policy]])
 
 
 @pytest.mark.parametrize(

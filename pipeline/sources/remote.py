@@ -25,6 +25,7 @@ T = TypeVar("T")
 RANGE = 8 << 20  # bytes a request: at 100 ms of latency and 50 MB/s a connection, latency is a third of the time
 REQUESTS = 16  # at once in a process; 128 MiB of memory when all are in flight
 SIGNED_SECONDS = 3600  # how long the address of an object is good for
+FIRST_PAUSE = 0.2  # seconds; each further one is twice as long, up to 15
 TRIES = 8  # with the pauses below, a server may be away for half a minute
 ANONYMOUS = "anonymous+"
 WITHOUT_CREDENTIALS: dict[str, dict[str, Any]] = {
@@ -123,7 +124,7 @@ def tries(url: str, stop: threading.Event | None = None, *, times: int = 0) -> I
     times = times or TRIES
     for attempt in range(times):
         yield attempt == times - 1
-        pause = min(0.2 * 2**attempt, 15) * random.uniform(0.5, 1)
+        pause = min(FIRST_PAUSE * 2**attempt, 15) * random.uniform(0.5, 1)
         if attempt < times - 1 and (stop or threading.Event()).wait(pause):
             raise InterruptedError(f"{url}: closed while fetching")
 

@@ -42,6 +42,7 @@ def test_same_numbers_as_torchvision() -> None:
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
 
+@pytest.mark.initial
 def test_initialisation_is_torchvisions_rule_for_replaced_layers_too() -> None:
     encoder = build_encoder("resnet18", width=2)
     for name, p in encoder.backbone.named_parameters():

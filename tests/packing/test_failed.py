@@ -18,9 +18,15 @@ from pipeline.make_shards import make_shards
 from pipeline.packing.fetch import fetch
 from pipeline.packing.prepare import Options, Rejected
 from pipeline.packing.survey import ListedImage
+from pipeline.sources import remote
 from pipeline.sources.manifest import load_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's
+
+
+@pytest.fixture(autouse=True)
+def pauses_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.002)
 
 
 class Web(http.server.ThreadingHTTPServer):
@@ -217,8 +223,6 @@ def test_further_shards_overwrite_none(web: Web, tmp_path: Path) -> None:
 
 def test_a_port_that_accepts_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import aiohttp
-
-    from pipeline.sources import remote
 
     made = aiohttp.ClientTimeout
     monkeypatch.setattr(aiohttp, "ClientTimeout", lambda **more: made(**(more | {"sock_read": 0.2})))

@@ -47,7 +47,7 @@ def samples_of(dest: Path) -> list[dict[str, Any]]:
 
 def samples_of_one(tar: Path) -> list[dict[str, Any]]:
     samples = list(webdataset.WebDataset(str(tar), shardshuffle=False))
-    gc.collect()  # webdataset leaves the file to the garbage collector
+    gc.collect(1)  # webdataset leaves the file to the garbage collector
     return samples
 
 

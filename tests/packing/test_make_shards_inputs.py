@@ -508,6 +508,7 @@ def bucket(image_folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_from_and_to_an_object_store(bucket: str, image_folder: Path, tmp_path: Path) -> None:
     fs = fsspec.filesystem("s3")
     options = {"samples_per_shard": 15, "dedup": True}

@@ -58,9 +58,9 @@ def quarantined(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_photographs_with_one_in_ten_troublesome(troublesome: list[Path], photos: list[Path], tmp_path: Path) -> None:
+def test_one_in_ten_troublesome(troublesome: list[Path], image_folder: Path, tmp_path: Path) -> None:
     """An epoch on two ranks, then a restart and an epoch on one."""
-    files, bad = mixed(troublesome, photos)
+    files, bad = mixed(troublesome, sorted(image_folder.rglob("*.jpg")))
     assert len(files) == 820 and len(bad) == 13
     source = open_source(str(write_shards(tmp_path / "shards", files, 100)))
     log = tmp_path / "run" / "quarantine.jsonl"

@@ -62,7 +62,6 @@ def test_torchvision_loads_it_and_computes_the_same(run_folder: Path, tmp_path: 
     [
         {"arch": "resnet18"},
         {"arch": "resnet18", "small_stem": True},
-        {"arch": "resnet18", "width": 2},
         {"arch": "resnet18", "width": 2, "small_stem": True},
         {"arch": "resnext50_32x8d"},
         {"arch": "timm:test_resnet"},
