@@ -17,6 +17,7 @@ from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.pairing import IMAGE, INNER, SIDECAR, Members, images_of
 from pipeline.packing.survey import ListedImage, Survey, extension, is_image_name
+from pipeline.sources import remote
 from pipeline.sources.tar import LACKS_END, lacks_end, walk_tar
 
 Read = Callable[[int, int], bytes]  # the bytes at an offset, of a size
@@ -59,7 +60,7 @@ def _joined(told: list[str], mark: str) -> str:
 @contextlib.contextmanager
 def _opened(place: str) -> Iterator[BinaryIO]:
     if is_remote(place):
-        fs, path = files.file_system(place)
+        fs, path = remote.reading_from(place)
         try:
             opened = fs.open(path, "rb")
         except FileNotFoundError:

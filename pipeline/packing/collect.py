@@ -6,13 +6,13 @@ Nothing here reads an image; what the files hold is found out when they are pack
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from pipeline.files import file_system, is_remote, local_path
+from pipeline.files import is_remote, local_path
 from pipeline.packing import archives, lists
 from pipeline.packing.json_labels import labels_from_json
 from pipeline.packing.pairing import INNER, Members, images_of
 from pipeline.packing.survey import ListedImage, Survey, file_size, is_image_name
+from pipeline.sources import remote
 from pipeline.sources.card import is_pattern
 from pipeline.sources.storage import Storage
 
@@ -127,19 +127,21 @@ def _is_folder(item: "os.DirEntry[str]") -> bool:
 
 
 def _remote_folder(src: str, survey: Survey, exclude: str) -> Iterator[ListedImage]:
-    fs, root = file_system(src)
+    fs, root = remote.reading_from(src)
+    fs.invalidate_cache()  # other processes write there too
     if not fs.exists(root):
         raise FileNotFoundError(f"no such folder: {src}")
-    tars = sorted(fs.unstrip_protocol(p) for p in fs.ls(root, detail=False) if _is_archive(p.rpartition("/")[2]))
-    left_out = file_system(exclude)[1].rstrip("/") if is_remote(exclude) else None
-    if tars:
-        _refuse_both(src, tars, _walk(fs, root, Survey(), left_out))
+    names = [p for p in fs.ls(root, detail=False) if _is_archive(p.rpartition("/")[2])]
+    left_out = remote.reading_from(exclude)[1].rstrip("/") if is_remote(exclude) else None
+    if tars := sorted(remote.with_protocol(fs, p, src) for p in names):
+        _refuse_both(src, tars, _walk(src, Survey(), left_out))
         yield from archives.several(tars, survey)
     else:
-        yield from _walk(fs, root, survey, left_out)
+        yield from _walk(src, survey, left_out)
 
 
-def _walk(fs: Any, root: str, survey: Survey, left_out: str | None) -> Iterator[ListedImage]:
+def _walk(src: str, survey: Survey, left_out: str | None) -> Iterator[ListedImage]:
+    fs, root = remote.reading_from(src)
     for folder, folders, files in fs.walk(root, detail=True):
         for name in sorted(folders):  # walk goes into what is left in the dict, in its order
             details = folders.pop(name)
@@ -154,4 +156,5 @@ def _walk(fs: Any, root: str, survey: Survey, left_out: str | None) -> Iterator[
                 size = files[name].get("size")
                 members.add_file(name, survey, size=-1 if size is None else size)
         above = f"{below}/" if below else ""
-        yield from images_of(members, fs.unstrip_protocol(folder), survey, lambda _: iter(()), masks=False, above=above)
+        place = remote.with_protocol(fs, folder, src)
+        yield from images_of(members, place, survey, lambda _: iter(()), masks=False, above=above)

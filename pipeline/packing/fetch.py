@@ -13,7 +13,6 @@ from pipeline.files import is_remote
 from pipeline.packing.prepare import Rejected
 from pipeline.packing.survey import ListedImage, Sidecar
 from pipeline.sources import remote
-from pipeline.sources.remote import file_system
 
 TOGETHER = 32  # remote requests in flight
 LINE_TRIES = 3  # for a URL that a list names and nobody has seen: lists from the web hold many dead ones
@@ -148,12 +147,12 @@ def _remote(parts: list[Part], silent: Counter[str]) -> list[bytes | BaseExcepti
         for _, members in itertools.groupby(waiting, key=lambda i: parts[i].path.partition("://")[0]):
             numbers = list(members)
             try:
-                fs, _ = file_system(parts[numbers[0]].path)
+                fs, _ = remote.reading_from(parts[numbers[0]].path)
             except Exception as error:  # each file system has its own kinds
                 for i in numbers:
                     contents[i] = error
                 continue
-            paths = [fs._strip_protocol(parts[i].path) for i in numbers]
+            paths = [remote.reading_from(parts[i].path)[1] for i in numbers]
             begins = [None if parts[i].offset < 0 else parts[i].offset for i in numbers]
             ends = [None if parts[i].offset < 0 else parts[i].offset + parts[i].size for i in numbers]
             # Not `cat`, even for whole files: it takes `photo [1].jpg` for a pattern.

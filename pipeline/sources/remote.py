@@ -67,11 +67,18 @@ def _filesystem(protocol: str, anonymous: bool = False) -> Any:
         raise ValueError(f"{protocol}:// is not a kind of URL that is read; s3, gs, http, https and hf are") from None
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. ValueError when there is none for such a URL."""
+def reading_from(url: str) -> tuple[Any, str]:
+    """The fsspec file system that reads a URL, and the path in it: all threads share it, and what it listed it may list
+    again from memory; `files.file_system` is for places that are written to. ValueError when there is none for such a
+    URL."""
     bare = url.removeprefix(ANONYMOUS)
     filesystem = _filesystem(bare.partition("://")[0], bare != url)
     return filesystem, filesystem._strip_protocol(bare)
+
+
+def with_protocol(filesystem: Any, path: str, like: str) -> str:
+    """The URL of a path in the file system of `like`, read as `like` is."""
+    return (ANONYMOUS if like.startswith(ANONYMOUS) else "") + str(filesystem.unstrip_protocol(path))
 
 
 def is_final(error: object) -> bool:
@@ -135,13 +142,13 @@ def reason(error: object) -> str:
 
 def read_whole(url: str, stop: threading.Event | None = None) -> bytes:
     """A small file."""
-    filesystem, path = file_system(url)
+    filesystem, path = reading_from(url)
     return retry(url, lambda: filesystem.cat_file(path), stop)
 
 
 def stat(url: str) -> tuple[int, str]:
     """Bytes, and a stamp that changes with the content as far as the server tells (ETag, date). FileNotFoundError."""
-    filesystem, path = file_system(url)
+    filesystem, path = reading_from(url)
     info = retry(url, lambda: filesystem.info(path))
     if info.get("type") == "directory" or info.get("size") is None:
         raise ValueError(f"{url}: the server tells no size for it; is it a file?")
@@ -166,7 +173,7 @@ def _stamp(info: dict[str, Any]) -> str:
 
 def listing(folder: str, suffix: str) -> list[tuple[str, int, str]]:
     """(name, bytes, stamp) of the files directly in `folder` whose names end so, sorted. [] when there is nothing."""
-    filesystem, path = file_system(folder.rstrip("/") + "/")
+    filesystem, path = reading_from(folder.rstrip("/") + "/")
     try:
         entries = retry(folder, lambda: filesystem.ls(path, detail=True))
     except FileNotFoundError:
@@ -186,7 +193,7 @@ def listing(folder: str, suffix: str) -> list[tuple[str, int, str]]:
 
 def glob(pattern: str) -> list[str]:
     """URLs that match, sorted."""
-    filesystem, path = file_system(pattern)
+    filesystem, path = reading_from(pattern)
     names = retry(pattern, lambda: filesystem.glob(path))
     return sorted(name if "://" in name else f"{pattern.partition('://')[0]}://{name}" for name in names)
 
@@ -233,7 +240,7 @@ class Fetcher:
             if address:
                 with contextlib.suppress(Declined):
                     return self._connections.read_range(address, start, end, size, descriptor)
-            filesystem, path = file_system(url)
+            filesystem, path = reading_from(url)
             content = filesystem.cat_file(path, start=start, end=end)
             if not content:
                 raise OSError(f"no bytes came from {start:,} on, of {size:,}")
@@ -268,7 +275,7 @@ def _http_address(url: str) -> str:
         return url.removeprefix(ANONYMOUS)
     if protocol not in ("s3", "s3a"):
         return ""
-    filesystem, path = file_system(url)
+    filesystem, path = reading_from(url)
     try:
         address = str(filesystem.url(path, expires=SIGNED_SECONDS, **filesystem.req_kw))
         parts = urlsplit(address)

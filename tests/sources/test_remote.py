@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, cpu_environment
 
+from pipeline.make_shards import make_shards
+from pipeline.packing.prepare import Options
 from pipeline.reading.order import make_order
 from pipeline.reading.reader import Reader
 from pipeline.sources import remote
@@ -167,6 +169,8 @@ def test_public_buckets(serve: Serve, shards_dir: Path, tmp_path: Path, monkeypa
         assert source.names == ("data",)
     assert images(source, storage) == images(local, storage)
     storage.close()
+    make_shards(f"anonymous+{url}", str(tmp_path / "again"), options=Options(), num_workers=1)
+    assert open_source(str(tmp_path / "again")).samples == local.samples
 
 
 @pytest.mark.parametrize("kind", ["http", "s3", "anonymous+s3", "refused"])
@@ -187,7 +191,7 @@ def test_shards_come_over_plain_http(
     source, storage = open_source(url, cache_dir=str(tmp_path / "cache")), Storage(cache_dir=str(tmp_path / "cache"))
     local = open_source(str(shards_dir))
     if kind != "refused":
-        monkeypatch.setattr(type(remote.file_system(url)[0]), "cat_file", lambda *_, **__: pytest.fail("by fsspec"))
+        monkeypatch.setattr(type(remote.reading_from(url)[0]), "cat_file", lambda *_, **__: pytest.fail("by fsspec"))
         storage.read_bytes = lambda name: (shards_dir / name.rpartition("/")[2]).read_bytes()  # type: ignore[method-assign]
     assert images(source, storage, prefetch=False) == images(local, Storage())
     assert len(taken) == storage.fetches == len(local.manifests[0].shards)
