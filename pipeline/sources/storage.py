@@ -7,6 +7,7 @@
 """
 
 import ctypes
+import functools
 import glob
 import os
 import stat
@@ -135,7 +136,7 @@ class Storage:
         flags = os.O_RDONLY | os.O_CLOEXEC
         if not is_remote(url):
             try:
-                return _open_file(local_path(url), flags)
+                return _open_file(_local_name(url), flags)
             except FileNotFoundError:
                 raise FileNotFoundError(
                     f"no shard {url}: put it back, or delete the manifest.json beside it to have it rebuilt without it"
@@ -291,7 +292,13 @@ def _glob_below(folder: Path, pattern: str) -> Sequence[str]:
     return [str(folder / name) for name in sorted(glob.glob(pattern, root_dir=folder))]  # noqa: PTH207 (any folder name)
 
 
-def _open_file(path: Path, flags: int) -> int:
+@functools.lru_cache(1 << 12)
+def _local_name(url: str) -> str:
+    """Parsing a path takes as long as opening the file."""
+    return str(local_path(url))
+
+
+def _open_file(path: str, flags: int) -> int:
     """A descriptor. ValueError for a folder, a pipe or a device: to open a pipe would wait for its writer for ever."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
