@@ -180,6 +180,46 @@ def neighbours() -> Namespace:
     return parser.parse_args()
 
 
+def compare() -> Namespace:
+    parser = ArgumentParser(
+        prog="python -m transfer.compare",
+        description="Several encoders beside each other, a row for each; only what the runs' ledgers do not have is "
+        "judged. The last line is one JSON object.",
+    )
+    add = parser.add_argument
+    add("runs", type=str, nargs="+", help=f"encoders, a row for each: {RUN}, or weights of torchvision or timm")
+    add("--train", type=str, required=True, help=f"labelled source to learn from {SOURCE}")
+    add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
+    add(
+        "--protocols",
+        type=str,
+        default="knn,linear,logistic",
+        help="columns, with commas: knn, linear, logistic, finetune; of another one, what the ledgers have of it",
+    )
+    add("--output", type=on_this_machine, help="folder of tables and picture; compare/ in the first run when left out")
+    add("--seeds", type=PositiveInt, default=3, help="trainings of linear and finetune; few-label draws of logistic")
+    add("--no_random", action="store_true", help="leave out the row of the first run's encoder as it was initialised")
+    add("--pixels", action="store_true", help="a row for raw pixels, judged by kNN alone")
+    add("--k", type=PositiveInt, default=200, help="neighbours of kNN")
+    add("--linear_epochs", type=PositiveInt, default=100, help="passes of the linear protocol")
+    add(
+        "--linear_lr",
+        type=list[PositiveFloat],
+        default=GRID,
+        help="its learning rates, a classifier each; the best counts",
+    )
+    add("--finetune_epochs", type=PositiveInt, default=100, help="passes of fine-tuning; x0.1 at 60 and 80 %% of them")
+    add("--finetune_lr", type=PositiveFloat, default=0.03, help="its learning rate")
+    add("--finetune_lr_head", type=PositiveFloat | None, help="that of the new last layer; the same when left out")
+    add("--fraction", type=Share, nargs="+", default=[1.0], help="parts of the labels for fine-tuning, a column each")
+    add("--batch_size", type=PositiveInt, default=256, help="images per step over all ranks, and per forward pass")
+    add("--image_size", type=PositiveInt | None, help="side of the crop in pixels; by default that of the first run")
+    add_precision_flag(parser, "classifiers on frozen features are fp32")
+    add("--num_threads", type=PositiveInt | None, help="decoding threads a rank; its share of the cores when left out")
+    add_cache_flags(parser)
+    return parser.parse_args()
+
+
 def gallery() -> Namespace:
     parser = ArgumentParser(
         prog="python -m transfer.gallery", description="Query images with their nearest neighbours."

@@ -81,14 +81,15 @@ def keep(rows: list[dict[str, Any]], train: Embedding, val: Embedding, args: Nam
     at["start"] = "untrained" if about.get("untrained") else "trained"
     output = args.output or args.val / "probe"
     few: dict[str, Any] = {"shares": args.shares, "shots": args.shots, "seeds": args.seeds, "cost": args.cost}
+    settings = logistic_settings(val.about, train.about["fingerprint"], val.about["fingerprint"], **few)
     logistic = [each for each in rows if each["protocol"] == LOGISTIC]
     if logistic:
-        found = ledger.entry("logistic", logistic_settings(train, val, **few), figures_of(logistic), **at)
+        found = ledger.entry("logistic", settings, figures_of(logistic), **at)
         ledger.record(found, about["run"], output)
     others = {f"{r['protocol']}, {r['setting']}": r["mean"] for r in rows if r["protocol"] not in ("kNN", LOGISTIC)}
     if knn := [each["mean"] for each in rows if each["protocol"] == "kNN"]:
         others = {"knn_best": max(knn)} | others
-    settings = logistic_settings(train, val, **few) | {"k": args.k, "temperature": args.temperature}
+    settings = settings | {"k": args.k, "temperature": args.temperature}
     ledger.record(ledger.entry("probe", settings, others, **at), about["run"], output)
 
 

@@ -110,12 +110,13 @@ def logistic_rows(
 
 
 def logistic_settings(
-    train: Embedding, val: Embedding, *, shares: Sequence[float], shots: Sequence[int], seeds: int, cost: float
+    fed: dict[str, Any], train: str, val: str, *, shares: Sequence[float], shots: Sequence[int], seeds: int, cost: float
 ) -> dict[str, Any]:
-    """Everything that makes other rows of `logistic_rows`, for the ledger."""
-    fed = ("encoder", "features", "image_size", "resize", "mean_std", "precision")
-    about = {name: val.about.get(name) for name in fed} | {"shares": sorted(shares), "shots": sorted(shots)}
-    return about | {"train": train.about["fingerprint"], "val": val.about["fingerprint"], "seeds": seeds, "cost": cost}
+    """Everything that makes other rows of `logistic_rows`, for the ledger. fed: what embedding.json says of encoder and
+    images; train, val: fingerprints of the data."""
+    names = ("encoder", "features", "image_size", "resize", "mean_std", "precision")
+    about = {name: fed.get(name) for name in names} | {"shares": sorted(shares), "shots": sorted(shots)}
+    return about | {"train": train, "val": val, "seeds": seeds, "cost": cost}
 
 
 def figures_of(rows: Sequence[Row]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from recipe import Recipe
 from trainer.mirror import bring
 from trainer.run_views import comparable, run_views, views_in_words
 from transfer.chart import COLOURS, Line, line_chart, short
+from transfer.comparison import as_html
 from transfer.curves import read_metrics, read_objects, series
 from transfer.evaluations import drawn_map, evaluations_table, first_figure, newest
 from transfer.gallery import make_gallery
@@ -288,6 +289,18 @@ def maps(folders: Sequence[Path], cache: CacheArguments) -> str:
     return f'<h2>Maps</h2><div class="maps">{"".join(parts)}</div>' if parts else ""
 
 
+def comparisons(runs: list[Run]) -> str:
+    """The tables that transfer.compare left in the run folders, with their pictures."""
+    parts = []
+    for run in runs:
+        folder = run.folder / "compare"
+        if table := as_html(folder):
+            drawn = folder / "compare.png"
+            bars = picture(drawn, "The same as bars: trained encoders blue") if drawn.is_file() else ""
+            parts.append(f'<h3>{_swatch(run)}</h3>{table}<div class="maps">{bars}</div>')
+    return f"<h2>Side by side</h2>{''.join(parts)}" if parts else ""
+
+
 def write_report(
     folders: list[Path],
     output: str | Path,
@@ -311,6 +324,7 @@ def write_report(
 <h1>{title}</h1><p>MoCo pre-training, as of {time.strftime("%Y-%m-%d %H:%M")}</p>
 <h2>Where it stands</h2>{summary(runs)}
 <h2>Evaluations</h2>{evaluations_table([(_swatch(run), run.folder) for run in runs])}
+{comparisons(runs)}
 <h2>Curves</h2>{charts(runs)}
 <h2>Pictures</h2>{"".join(pictures(run, images, cache) for run in runs)}
 {maps(features, cache)}
