@@ -173,6 +173,7 @@ def train_batches(
     num_threads: int | None = None,
     max_bad_fraction: float = 0.01,
     ids: np.ndarray | None = None,
+    rest: bool = True,
 ) -> Iterator[LabelledBatch]:
     """This rank's share of batches `start`, `start` + 1, ... of the seed's order, without end.
 
@@ -180,12 +181,13 @@ def train_batches(
 
     `batch_size` is global. The last batch of an epoch holds what is left, as main_lincls.py has it: 5,005 batches of
     ImageNet at 256. That of a mixture, whose sources have epochs of their own, is full. A bad sample is replaced.
-    `ids` int64 [n]: only these, all of them in each epoch, shuffled over all shards.
+    `ids` int64 [n]: only these, shuffled over all shards. Without `rest` every batch is full, and an epoch leaves out
+    less than a batch: batch norm that is trained fails on a last batch of one image, and is noisy on one of a few.
     ValueError when the source holds less than a batch, or too much of it is bad.
     """
     storage = storage_for(source)
     reader = Reader(source, storage, max_bad_fraction=max_bad_fraction, num_threads=num_threads or usual_threads())
-    order = train_order(source, batch_size, seed, ids)
+    order = train_order(source, batch_size, seed, ids, rest)
     order.draw(0, 0, rank, world_size)  # so that ranks that do not divide the batch fail here
     ahead = ShardsAhead(source, storage, order, rank, world_size)
 
@@ -222,11 +224,14 @@ def train_batches(
     yield from (batch for batch, _ in batches)
 
 
-def train_order(source: Source, batch_size: int, seed: int, ids: np.ndarray | None = None) -> Order:
+def train_order(source: Source, batch_size: int, seed: int, ids: np.ndarray | None = None, rest: bool = True) -> Order:
     """The order of `train_batches`. ValueError when there is less than a batch."""
-    return (
-        make_order(source, batch_size, seed) if ids is None else Order([[len(ids)]], batch_size=batch_size, seed=seed)
-    )
+    if ids is None:
+        order = make_order(source, batch_size, seed)
+    else:
+        order = Order([[len(ids)]], batch_size=batch_size, seed=seed)
+    order.rest = order.rest if rest else 0
+    return order
 
 
 def batches_per_epoch(order: Order) -> int:

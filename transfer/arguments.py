@@ -19,7 +19,7 @@ from jsonargparse.typing import (
 from pipeline.command import add_cache_flags
 from pipeline.files import is_remote
 
-RUN = "run folder or its URL, a checkpoint of a run, or a MoCo .pth.tar"
+RUN = "run folder or its URL, a checkpoint of a run, a MoCo .pth.tar, or a ResNet's weights as torchvision names them"
 SOURCE = "(folder of shards, URL, card)"
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
@@ -187,7 +187,7 @@ def compare() -> Namespace:
         "judged. The last line is one JSON object.",
     )
     add = parser.add_argument
-    add("runs", type=str, nargs="+", help=f"encoders, a row for each: {RUN}, or weights of torchvision or timm")
+    add("runs", type=str, nargs="+", help=f"encoders, a row for each: {RUN}")
     add("--train", type=str, required=True, help=f"labelled source to learn from {SOURCE}")
     add("--val", type=str, required=True, help=f"labelled source to classify {SOURCE}")
     add(

@@ -4,7 +4,7 @@
         --train shards/in1m/train --val shards/in1m/val --protocols knn,linear,logistic,finetune
 
 1. Each encoder is judged by each protocol with the settings of the flags, over several seeds where there is chance in
-   it. What the ledger of its run has already is taken from there, and what is judged now is written there.
+   it. A figure that the ledger of its run has already is taken from there; a new one is written there.
 2. The rows go into compare.md, compare.csv and compare.json, and a picture of them into compare.png; the report of the
    run shows them.
 

@@ -129,7 +129,7 @@ def finetune(
     classes = max(len(train_source.classes), largest + 1)
     ids = None if how.fraction == 1 else share_of_each_class(labels, how.fraction, SUBSET_SEED)
     try:
-        order = train_order(train_source, how.batch_size, how.seed, ids)
+        order = train_order(train_source, how.batch_size, how.seed, ids, rest=False)
     except ValueError as error:
         raise ValueError(f"--fraction {how.fraction:g}: {error}" if ids is not None else str(error)) from None
     order.draw(0, 0, rank, world_size)
@@ -175,7 +175,7 @@ def finetune(
     batches: Any = train_batches(
         train_source, image_size=size, batch_size=how.batch_size, mean_std=mean_std, seed=how.seed,
         start=state["step"] if state else 0, rank=rank, world_size=world_size, device=str(device),
-        num_threads=num_threads, ids=ids,
+        num_threads=num_threads, ids=ids, rest=False,
     )  # fmt: skip
     with closing(batches):
         total = how.epochs * per_epoch

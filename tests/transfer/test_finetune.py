@@ -114,7 +114,7 @@ def test_a_fraction_trains_on_the_same_images_of_each_class(sources: tuple[Sourc
     later.close()
     run = run_of(tmp_path / "run", "timm:test_resnet")
     result = tune(run, sources, tmp_path / "out", replace(SMALL, fraction=0.4, epochs=1))
-    assert result["images"] == 24 and result["step"] == 2
+    assert result["images"] == 24 and result["step"] == 1  # the last 4 are left out: batch norm may not do with them
     with pytest.raises(ValueError, match=r"--fraction 0.1: .* 6 samples, less than one batch of 20: lower batch_size"):
         tune(run, sources, tmp_path / "few", replace(SMALL, fraction=0.1))
 
