@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-FOLDERS = ("pipeline", "model", "trainer", "transfer", "benchmarks", "docs", "launch", "recipes", "shards")
+FOLDERS = ("pipeline", "model", "trainer", "transfer", "benchmarks", "examples", "docs", "launch", "recipes", "shards")
 SUFFIXES = {".py", ".md", ".yaml", ".sh", ".sbatch"}
 RIDDLE = re.compile(r"""(?:^\#*|[.:]|["#])\ *(?:\#+\ )?\b(?:Of|What)\ [a-z].*""")
 # Notes of measurements, and questions.

@@ -1,0 +1,219 @@
+"""lightly's own loader beside ours under the same MoCo, examples/lightly_moco.py: loading alone, the whole loop, kNN.
+
+    python benchmarks/lightly_loader.py --images DIR [--output benchmarks/results/lightly_loader]
+
+1. Loading: two 224 x 224 views of the photographs in DIR, MoCo v2's, by two worker processes and by two threads, from
+   files and from shards of the same files (both in the page cache). Rounds interleaved, medians.
+2. Loop: training steps on the same batches with a small and with a usual encoder; the encoder takes most of the time of
+   the latter on a CPU.
+3. kNN: `--epochs` epochs on the pages of benchmarks/letters.py, `--seeds` times with each loader, the same
+   augmentations; the means must lie no further apart than the seeds of one loader do.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightly
+import torch
+from nvidia import dali
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+from benchmarks.data_path import measure, processor  # noqa: E402 - as a script, its own folder is what is on the path
+from examples.lightly_moco import MoCo, Pairs, lightly_batches, our_batches, train  # noqa: E402
+from pipeline.pixels.views import CIFAR  # noqa: E402
+from pipeline.sources.opening import open_source  # noqa: E402
+from transfer.knn import evaluate  # noqa: E402
+from transfer.load import CentralCrops  # noqa: E402
+
+ENDLESS = 1_000_000  # epochs
+LETTERS_SIDE, LETTERS_CROP, LETTERS_BATCH = 48, 0.3, 64  # as recipes/letters.yaml
+LOOP_STEPS = {"test_resnet": 2, "resnet18": 1}  # of a round, by encoder
+
+
+def run(*command: Any) -> None:
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
+    subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, env=environment, check=True)
+
+
+def photograph_streams(images: Path, shards: Path, batch_size: int) -> dict[str, Pairs]:
+    how: dict[str, Any] = {"epochs": ENDLESS, "batch_size": batch_size, "workers": 2, "seed": 0}
+    streams = {
+        "lightly": lightly_batches(str(images), **how, views={"input_size": 224}),
+        "ours": our_batches(str(shards), **how, views={"views": "v2", "image_size": 224}),
+    }
+    for batches in streams.values():  # processes are forked before DALI starts its threads
+        next(batches)
+    return streams
+
+
+def loading(streams: dict[str, Pairs], rounds: int, seconds: float) -> dict[str, Any]:
+    def counted(batches: Pairs) -> Iterator[int]:
+        return (len(query) for query, _ in batches)
+
+    rates = measure({name: counted(batches) for name, batches in streams.items()}, rounds, seconds, workers=2)
+    found: dict[str, Any] = {}
+    for name, values in rates.items():
+        per_second, used = zip(*values)
+        found[name] = {
+            "images_per_second": round(statistics.median(per_second), 1),
+            "range": [round(min(per_second), 1), round(max(per_second), 1)],
+            "cpu_ms_per_image": round(statistics.median(used), 2),
+        }
+    ours, theirs = found["ours"], found["lightly"]
+    found["times_as_fast"] = round(ours["images_per_second"] / theirs["images_per_second"], 2)
+    found["times_less_cpu"] = round(theirs["cpu_ms_per_image"] / ours["cpu_ms_per_image"], 2)
+    return found
+
+
+def whole_loop(streams: dict[str, Pairs], rounds: int, batch_size: int) -> dict[str, Any]:
+    """Images per second of training steps, by encoder and loader."""
+    found: dict[str, Any] = {}
+    for arch, steps in LOOP_STEPS.items():
+        rates: dict[str, list[float]] = {name: [] for name in streams}
+        for _ in range(rounds):
+            for name, batches in streams.items():
+                for _ in range(4):  # made while the others ran
+                    next(batches)
+                began = time.perf_counter()
+                train(itertools.islice(batches, steps), arch, lr=0.03)
+                rates[name].append(steps * batch_size / (time.perf_counter() - began))
+                print(f"{arch}  {name:8s} {rates[name][-1]:7.1f} images/s", flush=True)
+        found[arch] = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+    return found
+
+
+def letters_knn(images: Path, shards: Path, epochs: int, seeds: int) -> dict[str, Any]:
+    train_source, val_source = (open_source(str(shards / split)) for split in ("train", "val"))
+    crops = CentralCrops(LETTERS_SIDE, CIFAR, num_threads=2)
+    ours = {"views": "cifar", "image_size": LETTERS_SIDE, "crop_min": LETTERS_CROP}
+    theirs: dict[str, Any] = {"input_size": LETTERS_SIDE, "min_scale": LETTERS_CROP, "gaussian_blur": 0.0}
+    theirs["normalize"] = dict(zip(("mean", "std"), map(list, CIFAR)))
+    accuracy: dict[str, list[float]] = {"lightly": [], "ours": [], "untrained": []}
+    seconds: dict[str, list[float]] = {"lightly": [], "ours": []}
+
+    def judged(model: MoCo) -> float:
+        return float(evaluate(model.backbone.eval(), train_source, val_source, crops)["knn"])
+
+    for seed in range(seeds):
+        how: dict[str, Any] = {"epochs": epochs, "batch_size": LETTERS_BATCH, "workers": 2, "seed": seed}
+        for name in seconds:
+            if name == "ours":
+                batches = our_batches(str(shards / "train"), **how, views=ours)
+            else:
+                batches = lightly_batches(str(images / "train"), **how, views=theirs)
+            torch.manual_seed(seed)
+            began = time.perf_counter()
+            model, _ = train(batches, "test_resnet", lr=0.06, queue=256)
+            seconds[name].append(round(time.perf_counter() - began, 1))
+            accuracy[name].append(round(judged(model), 4))
+            print(f"seed {seed}  {name:8s} kNN {accuracy[name][-1]:.1%}  {seconds[name][-1]:.0f} s", flush=True)
+        torch.manual_seed(seed)
+        accuracy["untrained"].append(round(judged(MoCo("test_resnet")), 4))
+    means = {name: statistics.mean(values) for name, values in accuracy.items()}
+    spread = max(max(accuracy[name]) - min(accuracy[name]) for name in seconds)
+    apart = abs(means["ours"] - means["lightly"])
+    return {
+        "knn": accuracy, "mean": {n: round(m, 4) for n, m in means.items()}, "training_seconds": seconds,
+        "means_apart": round(apart, 4), "spread_of_seeds": round(spread, 4), "within": apart <= spread,
+        "epochs": epochs, "seeds": seeds, "train": train_source.samples, "val": val_source.samples,
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    about, load, loop, knn = (result[name] for name in ("about", "loading", "loop", "letters"))
+    lines = [
+        "lightly's MoCo (examples/lightly_moco.py), fed by its own loader and by ours",
+        f"{about['cpu']}, {about['cores']} cores, load {about['load_before']} before and {about['load_after']} after; "
+        f"Python {about['python']}, torch {about['torch']}, lightly {about['lightly']}, DALI {about['dali']}, "
+        f"{about['date']}",
+        "",
+        f"loading alone: two 224 x 224 views, {about['photographs']} photographs, 2 workers or threads, batch "
+        f"{about['batch_size']}, {about['rounds']} interleaved rounds of {about['seconds']:g} s",
+        f"{'':10s} {'images/s':>9s} {'range':>13s} {'CPU ms/image':>13s}",
+    ]
+    for name in ("lightly", "ours"):
+        low, high = load[name]["range"]
+        shown = f"{low:.0f}-{high:.0f}"
+        lines.append(
+            f"{name:10s} {load[name]['images_per_second']:9.0f} {shown:>13s} {load[name]['cpu_ms_per_image']:13.2f}"
+        )
+    lines.append(f"ours: {load['times_as_fast']} times as fast, {load['times_less_cpu']} times less processor time")
+    loop_of = f"{about['loop_rounds']} interleaved rounds"
+    lines += [
+        "",
+        f"whole loop on the same photographs, images/s, one thread, {loop_of}",
+        f"{'encoder':12s} {'lightly':>9s} {'ours':>9s}",
+    ]
+    lines += [f"{arch:12s} {rates['lightly']:9.1f} {rates['ours']:9.1f}" for arch, rates in loop.items()]
+    lines += [
+        "",
+        f"kNN on {knn['val']} pages of letters after {knn['epochs']} epochs of {knn['train']}, {knn['seeds']} seeds, "
+        "test_resnet",
+        f"{'':10s} {'mean':>7s}  {'each seed':28s} seconds of training",
+    ]
+    for name, values in knn["knn"].items():
+        each = "  ".join(f"{value:.1%}" for value in values)
+        spent = "  ".join(f"{s:.0f}" for s in knn["training_seconds"].get(name, []))
+        lines.append(f"{name:10s} {knn['mean'][name]:7.1%}  {each:28s} {spent}".rstrip())
+    verdict = "within" if knn["within"] else "NOT within"
+    lines.append(
+        f"the means are {knn['means_apart']:.1%} apart, {verdict} the seeds' spread of {knn['spread_of_seeds']:.1%}"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--images", type=Path, required=True, help="a folder of photographs")
+    parser.add_argument("--batch_size", type=int, default=64, help="photographs in a batch")
+    parser.add_argument("--rounds", type=int, default=5, help="of loading alone")
+    parser.add_argument("--loop_rounds", type=int, default=3, help="of the whole loop")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed per loader and round, at least")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the letters")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings with each loader")
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.txt and OUTPUT.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the other core loads
+    before = round(os.getloadavg()[0], 1)
+    with tempfile.TemporaryDirectory(prefix="lightly_loader-") as name:
+        folder = Path(name)
+        run("pipeline/make_shards.py", args.images, folder / "photos", "--labels", "none")
+        run("benchmarks/letters.py", folder / "letters")
+        for split in ("train", "val"):
+            run("pipeline/make_shards.py", folder / "letters" / split, folder / "pages" / split)
+        streams = photograph_streams(args.images, folder / "photos", args.batch_size)
+        result: dict[str, Any] = {"loading": loading(streams, args.rounds, args.seconds)}
+        result["loop"] = whole_loop(streams, args.loop_rounds, args.batch_size)
+        for batches in streams.values():
+            batches.close()  # type: ignore[attr-defined]
+        result["letters"] = letters_knn(folder / "letters", folder / "pages", args.epochs, args.seeds)
+        photographs = open_source(str(folder / "photos"), progress=False).samples
+    result["about"] = {
+        "cpu": processor(), "cores": os.cpu_count(), "load_before": before, "load_after": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(), "torch": torch.__version__, "lightly": lightly.__version__,
+        "dali": dali.__version__, "date": time.strftime("%Y-%m-%d"), "photographs": photographs,
+        "batch_size": args.batch_size, "rounds": args.rounds, "seconds": args.seconds, "loop_rounds": args.loop_rounds,
+    }  # fmt: skip
+    report = table(result)
+    print(report)
+    print(json.dumps(result))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.with_suffix(".txt").write_text(report + "\n")
+        args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
