@@ -105,7 +105,7 @@ def starts_of(args: Namespace) -> list[Start]:
         rows.append(Start(f"{run}{at}", run, loaded))
     first = rows[0]
     before = []
-    if not args.no_random and first.loaded.is_run:
+    if not args.no_random:
         before.append(Start("random", first.run, load_encoder(first.run, untrained=True, image_size=size)))
     if args.pixels:
         before.append(Start("raw pixels", first.run, first.loaded, pixels=True))

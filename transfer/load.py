@@ -101,17 +101,16 @@ def load_encoder(
     wherever it lies, or a MoCo `.pth.tar`. The content of a file decides what it is.
 
     untrained: the same architecture as it was initialised, the baseline that training has to beat; a run folder needs
-    no checkpoint then. image_size, mean_std: instead of the recipe's, or of those that are usual for a MoCo file, which
-    says nothing of them: what is taken is said, but for a caller that feeds no images.
+    no checkpoint then, and a file that is of no run gives the architecture, initialised with seed 0.
+    image_size, mean_std: instead of the recipe's, or of those that are usual for a MoCo file, which says nothing of
+    them: what is taken is said, but for a caller that feeds no images.
     Raises FileNotFoundError when there is no such run or no checkpoint in it, ValueError when it cannot be read.
     """
     path = Path(bring(str(run)))
     if path.is_file():
         content = interchange.load_plain(path)
         if not (isinstance(content, dict) and content.keys() >= {"encoder", "step"}):
-            if untrained:
-                raise ValueError(f"--untrained needs a run folder with its recipe, {path} is a bare checkpoint")
-            loaded = _of_moco_file(interchange.parse_moco(content, path), image_size, mean_std)
+            loaded = _of_moco_file(interchange.parse_moco(content, path), image_size, mean_std, untrained)
             if feeds_images and (image_size is None or mean_std is None):
                 _say_what_is_usual(loaded, image_size is None, mean_std is None)
             return loaded
@@ -183,14 +182,17 @@ def _build(r: Recipe) -> Encoder:
         return build_encoder(r.arch, width=r.width, **about)
 
 
-def _of_moco_file(file: MoCoFile, image_size: int | None, mean_std: MeanStd | None) -> LoadedEncoder:
-    encoder = interchange.encoder_of(file, image_size)
+def _of_moco_file(file: MoCoFile, image_size: int | None, mean_std: MeanStd | None, untrained: bool) -> LoadedEncoder:
     r = Recipe(arch=file.arch, width=file.width, small_stem=file.small_stem, dim=file.dim, mlp=file.mlp)
     # Such a file does not say what it was trained on; a stride-1 stem is that of the reference's CIFAR-10 demo.
     if file.small_stem:
         r = replace(r, views="cifar", image_size=32)
     size, normalised = image_size or r.image_size, mean_std or run_views(r)[0].mean_std
-    return LoadedEncoder(encoder.eval(), r, size, normalised, file.path, has_head=file.has_head, is_run=False)
+    if untrained:  # with the seed that a recipe has by default
+        encoder = _build(replace(r, image_size=size)).eval()
+        return LoadedEncoder(encoder, r, size, normalised, file.path, is_run=False, start="untrained")
+    encoder = interchange.encoder_of(file, image_size).eval()
+    return LoadedEncoder(encoder, r, size, normalised, file.path, has_head=file.has_head, is_run=False)
 
 
 def _say_what_is_usual(loaded: LoadedEncoder, size: bool, normalisation: bool) -> None:

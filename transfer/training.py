@@ -58,6 +58,11 @@ class Session:
         if self.watchdog is not None:
             self.watchdog.next_step(step)
 
+    def begin(self) -> None:
+        """From here on there is something to save, so that a second signal no longer ends the process at once."""
+        if isinstance(self.stop, Stop):
+            self.stop.begin(self.control)
+
     def asked_to_stop(self) -> bool:
         """Call once a step, on all ranks."""
         return self.stop is not None and self.stop.asked()
@@ -68,7 +73,8 @@ def session(out: str, *, hang_seconds: float = HANG_SECONDS) -> Iterator[Session
     """The whole of a command's work runs inside: reading, training, and what is written to `out`, a folder or URL.
 
     SIGTERM, SIGINT, SIGHUP and SIGUSR1 are for `train` from here on: the first ends it saved, or the command at its
-    first step. A rank that dies or hangs is named, and all end; hang_seconds 0: no watchdog.
+    first step; a second one before that ends it at once. A rank that dies or hangs is named, and all end;
+    hang_seconds 0: no watchdog.
     Raises ValueError for a folder that another training is in, or that holds files of something else.
     """
     stop = Stop()
@@ -84,7 +90,6 @@ def session(out: str, *, hang_seconds: float = HANG_SECONDS) -> Iterator[Session
                 with all_ranks_agree(control):
                     if ranks.rank == 0 and not files.is_remote(out):
                         lock_run_folder(folder)
-                stop.begin(control)
                 sends = upload if files.is_remote(out) and ranks.rank == 0 else None
                 yield Session(folder, ranks, control, sends, stop, watchdog)
         except Exception as error:
@@ -256,6 +261,7 @@ def train(
     def evaluation_is_due() -> bool:
         return step == total or (step > 0 and evaluate_every > 0 and step % evaluate_every == 0)
 
+    at.begin()
     log.begin()
     if evaluation_is_due() and not gather_objects(log.has(judged_by, step), at.control)[0]:
         judge()  # a kill in its middle had lost it: the checkpoint comes before it

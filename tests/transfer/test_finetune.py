@@ -93,6 +93,9 @@ def test_torchvision_reads_the_model(sources: tuple[Source, Source], tmp_path: P
     assert read.recipe.arch == "resnet18" and not read.has_head
     assert torch.equal(read.encoder.backbone.get_parameter("conv1.weight"), net.conv1.weight)
     assert result is not None and result["epoch"] == 1
+    anew = load_encoder(out / "model.pth", untrained=True, image_size=32, mean_std=loaded.mean_std)
+    assert anew.start == "untrained" and anew.recipe.arch == "resnet18"
+    assert not torch.equal(anew.encoder.backbone.get_parameter("conv1.weight"), net.conv1.weight)
 
 
 def test_a_fraction_trains_on_the_same_images_of_each_class(sources: tuple[Source, Source], tmp_path: Path) -> None:
