@@ -293,28 +293,27 @@ def encoder_arguments(args: Namespace) -> dict[str, Any]:
     mean_std = None if args.mean is None else (tuple(args.mean), tuple(args.std))
     if mean_std and not all(number > 0 for number in mean_std[1]):
         raise ValueError(f"--std is {args.std}; pixels are divided by it, so it must be above 0")
-    return {"untrained": args.untrained, "image_size": args.image_size, "mean_std": mean_std}
+    return {"untrained": args.untrained, "image_size": args.get("image_size"), "mean_std": mean_std}
 
 
-def add_encoder_flags(parser: ArgumentParser) -> None:
+def add_encoder_flags(parser: ArgumentParser, *, crops: bool = True) -> None:
+    """crops: with the size of the crop, for commands that show the encoder one."""
     add = parser.add_argument
     add("--run", type=str, required=True, help=RUN)
     add("--untrained", action="store_true", help="the same encoder as it was initialised")
-    add(
-        "--image_size",
-        type=PositiveInt | None,
-        help="side of the crop in pixels; by default the recipe's, 224 for a MoCo file (32 with a stride-1 stem)",
-    )
+    if crops:
+        size = "side of the crop in pixels; by default the recipe's, 224 for a MoCo file (32 with a stride-1 stem)"
+        add("--image_size", type=PositiveInt | None, help=size)
     usual = "by default the recipe's, ImageNet's for a MoCo file (CIFAR-10's with a stride-1 stem)"
     numbers: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
     add("--mean", **numbers, help=f"what pixels from 0 to 1 are normalised by: their mean; {usual}")
     add("--std", **numbers, help="and their standard deviation; with --mean")
 
 
-def add_training_flags(parser: ArgumentParser) -> None:
+def add_training_flags(parser: ArgumentParser, *, every: int = 10, unit: str = "epochs") -> None:
     """How a training of transfer/training.py is watched; none of it changes what it comes to."""
     add = parser.add_argument
-    add("--evaluate_every", type=NonNegativeInt, default=10, help="epochs between evaluations; 0: only at the end")
+    add("--evaluate_every", type=NonNegativeInt, default=every, help=f"{unit} between evaluations; 0: only at the end")
     add("--log_every", type=PositiveInt, default=20, help="steps between log lines; each one waits for the GPU")
     add("--save_every", type=PositiveInt, default=1000, help="steps between checkpoints")
     add(

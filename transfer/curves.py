@@ -24,6 +24,10 @@ PANELS = (  # field of metrics.jsonl, title; a panel without a value is left out
     ("knn", "kNN accuracy"),
     ("top1", "top-1 accuracy"),
     ("rankme", "RankMe"),
+    ("AP", "AP of boxes, %"),
+    ("mask_AP", "AP of masks, %"),
+    ("keypoint_AP", "AP of keypoints, %"),
+    ("mIoU", "mIoU, %"),
     ("images_per_second", "images per second"),
 )
 

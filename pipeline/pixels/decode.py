@@ -117,6 +117,17 @@ def picture(
         return upright(pixels if pixels.mode == "RGB" else pixels.convert("RGB"), orientation(image))
 
 
+def class_map(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The numbers of a picture whose pixels are classes, not colours: those of a palette, or of 8-bit grey; uint8
+    [H, W], not turned. BadImage for any other kind of picture."""
+    image = open_image(encoded, max_pixels)
+    if image.mode not in ("P", "L"):
+        raise BadImage("no class map", f"its pixels are {image.mode}, not numbers of a palette or 8-bit grey")
+    with refusing():
+        image.load()
+        return np.asarray(image)
+
+
 def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with its header read and its sizes checked; its pixels are decoded by `plain`.
 

@@ -303,3 +303,19 @@ def test_every_format_has_a_decoder() -> None:
     kinds = {"jpg", "png", "webp", "gif", "bmp", "dib", "tif", "ppm", "jp2", "j2k"}
     assert set(policy.DECODERS) == kinds
     assert kinds | {"avif", "heic"} <= set(EXTENSIONS)
+
+
+def test_class_maps_are_the_numbers_of_palette_or_grey() -> None:
+    """VOC's are pictures with a palette, Cityscapes' are grey; another kind of picture is no class map."""
+    numbers = np.array([[0, 1, 2], [15, 20, 255]], np.uint8)
+    grey = Image.fromarray(numbers)
+    coloured = grey.copy()
+    coloured.putpalette(bytes(range(255, -1, -1)) * 3)
+    assert coloured.mode == "P"
+    for image in (grey, coloured):
+        assert np.array_equal(policy.class_map(as_array(encode(image, "PNG"))), numbers)
+    for other, said in [(Image.new("RGB", (3, 2)), "its pixels are RGB"), (Image.new("I;16", (3, 2)), "I;16")]:
+        with pytest.raises(BadImage, match=f"no class map: .*{said}"):
+            policy.class_map(as_array(encode(other, "PNG")))
+    with pytest.raises(BadImage, match="not an image"):
+        policy.class_map(as_array(b"no picture"))
