@@ -218,6 +218,10 @@ def main() -> None:
             stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
             header = f"{json.dumps(results['hardware'])}\n{results['command']}\n\n"
             stem.with_suffix(".txt").write_text(header + "\n".join(lines) + "\n")
+    rows = [found for name, found in results.items() if name not in ("hardware", "command")]
+    failed = sum("failed" in found for found in rows)
+    print(json.dumps({"rows": len(rows) - failed, "failed": failed, "not_begun": len(lines) - len(rows)}))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
