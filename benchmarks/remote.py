@@ -78,7 +78,7 @@ def dali(options: argparse.Namespace) -> dict[str, Any]:
 # --- the parent -------------------------------------------------------------------------------------------------------
 
 
-def make_shards(images: Path, folder: Path) -> None:
+def make_shards(images: Path, folder: Path, count: int = SHARDS, per_shard: int = PER_SHARD) -> None:
     import tarfile
 
     from pipeline.files import write_atomically
@@ -89,13 +89,13 @@ def make_shards(images: Path, folder: Path) -> None:
     paths = sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
     folder.mkdir()
     shards = []
-    for s in range(SHARDS):
+    for s in range(count):
         tar = folder / f"shard-{s:06d}.tar"
         with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as f:
-            for i in range(s * PER_SHARD, (s + 1) * PER_SHARD):
+            for i in range(s * per_shard, (s + 1) * per_shard):
                 f.add(paths[i % len(paths)], f"{i:06d}.jpg")
         write_atomically(tar.with_suffix(".idx"), format_index(index_tar(tar)))
-        shards.append(Shard(tar.name, PER_SHARD, tar.stat().st_size, checksum_of(np.fromfile(tar, np.uint8))))
+        shards.append(Shard(tar.name, per_shard, tar.stat().st_size, checksum_of(np.fromfile(tar, np.uint8))))
     save_manifest(Manifest(str(folder), tuple(shards)), folder / "manifest.json")
 
 

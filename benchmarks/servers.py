@@ -3,10 +3,11 @@
     python benchmarks/servers.py http FOLDER PORT --latency 0.02 --busy_every 7 --reset_every 11 --short_every 13
     python benchmarks/servers.py s3 FOLDER PORT ...    # moto, FOLDER's files as s3://data/...
 
-Both answer each request after `latency` seconds. Each n-th GET of an object is answered with 503, or cut off in the
-middle by a reset connection, or (http) with fewer bytes than asked for and a true Content-Length. `GET /__counts__`
-tells what was asked for, and how often it went wrong. `GET /__refuse_puts__` (s3) has every PUT refused from then on,
-`GET /__accept_puts__` ends that.
+Both answer each request after `latency` seconds; http sends at most `bandwidth` MB/s over all connections. Each n-th
+GET of an object is answered with 503, or cut off in the middle by a reset connection, or (http) with fewer bytes than
+asked for and a true Content-Length. `GET /__counts__` tells what was asked for, and how often it went wrong. `GET
+/__refuse_puts__` (s3) has every PUT refused from then on, `GET /__accept_puts__` ends that. http serves as an S3
+endpoint, too, for clients that only get objects.
 """
 
 import argparse
@@ -24,12 +25,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+BLOCK = 1 << 18  # bytes sent at once over a line of limited bandwidth
+
 
 class Faults:
     """Which request goes wrong, counted over all connections."""
 
-    def __init__(self, latency: float, busy_every: int, reset_every: int, short_every: int) -> None:
-        self.latency = latency
+    def __init__(
+        self, latency: float, busy_every: int, reset_every: int, short_every: int, bandwidth: float = 0.0
+    ) -> None:
+        self.latency, self.bandwidth = latency, bandwidth  # seconds; bytes a second, 0: as fast as it goes
+        self.line_is_free = 0.0  # the clock's time from which on the line can take more
         self.every = {"busy": busy_every, "reset": reset_every, "short": short_every}
         self.requests = 0
         self.counts: Counter[str] = Counter()
@@ -45,6 +51,14 @@ class Faults:
                     self.counts[fault] += 1
                     return fault
         return ""
+
+    def pass_line(self, count: int) -> None:
+        """Returns when the line, which all connections share, has taken `count` bytes."""
+        if self.bandwidth:
+            with self.lock:
+                self.line_is_free = max(self.line_is_free, time.monotonic()) + count / self.bandwidth
+                until = self.line_is_free
+            time.sleep(max(0.0, until - time.monotonic()))
 
 
 def reset(connection: socket.socket) -> None:
@@ -108,7 +122,11 @@ def make_http_server(root: Path, port: int, faults: Faults, ranges: bool) -> Thr
                     self.close_connection = True
                     reset(self.connection)
                     return
-                self.connection.sendfile(f, start, end - start)
+                for offset in range(start, end, BLOCK) if faults.bandwidth else ():
+                    faults.pass_line(min(BLOCK, end - offset))
+                    self.connection.sendfile(f, offset, min(BLOCK, end - offset))
+                if not faults.bandwidth:
+                    self.connection.sendfile(f, start, end - start)
             with faults.lock:
                 faults.counts[f"bytes {path.name}"] += end - start
 
@@ -210,12 +228,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("port", type=int, help="0: any free one; the first line printed tells which")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--bandwidth", type=float, default=0.0, help="http: MB/s over all connections; 0: no limit")
     parser.add_argument("--busy_every", type=int, default=0)
     parser.add_argument("--reset_every", type=int, default=0)
     parser.add_argument("--short_every", type=int, default=0)
     parser.add_argument("--no_ranges", action="store_true", help="http: always send whole files")
     options = parser.parse_args()
-    faults = Faults(options.latency, options.busy_every, options.reset_every, options.short_every)
+    faults = Faults(
+        options.latency, options.busy_every, options.reset_every, options.short_every, 1e6 * options.bandwidth
+    )
     if options.kind == "http":
         server = make_http_server(options.folder, options.port, faults, not options.no_ranges)
         print(server.server_address[1], flush=True)
