@@ -3,7 +3,7 @@
     python pipeline/make_shards.py SRC DEST
 
 1. List: every image of SRC, in a fixed order, into a listing on disk (`pipeline.packing.collect`).
-2. Hash, with `--dedup`: the contents, in parallel; equal ones but the first drop out.
+2. Hash, with `--dedup` or `--dedup_near`: contents or pictures, in parallel; like ones but the first drop out.
 3. Plan: a permutation by the seed, cut into shards (`pipeline.packing.plan`); known before any image is looked at.
 4. Pack: each shard by one worker (`pipeline.packing.shard`), verified. A shard that is done has a record; the same
    command after an interruption packs those without one (`pipeline.packing.journal`).
@@ -31,9 +31,9 @@ from jsonargparse import ArgumentParser
 from pipeline import files
 from pipeline.command import command
 from pipeline.files import is_remote, local_path
-from pipeline.packing import lists, workers
+from pipeline.packing import lists, near, workers
 from pipeline.packing.collect import SUMMARY, collect
-from pipeline.packing.fetch import FAILED
+from pipeline.packing.fetch import FAILED, NO_HEADERS, Headers, parse_headers
 from pipeline.packing.journal import (
     JOURNAL,
     begin,
@@ -52,6 +52,7 @@ from pipeline.packing.retry import begun_retry, further, new_retry
 from pipeline.packing.shard import HashTask, PackTask, PlannedImage, TaskDone, hash_contents, pack
 from pipeline.packing.summary import finish, table
 from pipeline.packing.survey import Survey, listed_kinds
+from pipeline.packing.tables import Unpacked
 from pipeline.pixels.formats import Grey16, grey16_range
 from pipeline.progress import Progress
 from pipeline.sources.card import is_pattern, is_tar
@@ -72,9 +73,12 @@ def make_shards(
     shard_bytes: int = 500_000_000,
     labels: str = "auto",
     label_key: str = "",
+    image_key: str = "",
     classes: str = "",
     holdout: float = 0.0,
     dedup: bool = False,
+    dedup_near: int = -1,
+    headers: Headers = NO_HEADERS,
     max_failed: float = 1.0,
     retry_failed: bool = False,
     overwrite: bool = False,
@@ -102,23 +106,32 @@ def make_shards(
     }
     if options.grey16_range:
         job["grey16_range"] = list(options.grey16_range)
+    if dedup_near >= 0:
+        job["dedup_near"] = dedup_near
+        near.check_installed()
+        if dedup:
+            raise ValueError("--dedup_near finds exact duplicates too: drop --dedup")
+    if image_key:
+        job["image_key"] = image_key
     if label_key:
         job["label_key"] = label_key
         if labels != "auto":
             raise ValueError(f"--labels {labels} and --label_key {label_key} both say where the labels are: drop one")
     how: dict[str, Any] = {"workers": num_workers or len(os.sched_getaffinity(0)), "scheduler": scheduler}
 
-    def write_listing(folder: Path) -> Listing:
-        with Progress("listing") as progress:
+    def write_listing(folder: Path, *, unpacks: bool = True) -> Listing:
+        with Progress("listing") as progress, Unpacked(files.join(dest, JOURNAL)) as unpacked:
             survey = Survey(progress)
-            images = collect(src, survey, exclude=dest, label_key=label_key)
+            keys = {"label_key": label_key, "image_key": image_key}
+            images = collect(src, survey, exclude=dest, **keys, unpacked=unpacked if unpacks else None)
             if labels not in ("auto", "none"):
                 images = lists.labelled(images, labels)
             names = lists.class_names(classes) if classes else []
             listing = Listing.write(folder, images, survey, classes=names, labels=labels != "none")
         if not len(listing):
             others = listed_kinds(survey.ignored)
-            remedy = "; archives in folders of it are not opened: name their folder" if survey.ignored["tar"] else ""
+            inside = survey.ignored["tar"] or survey.ignored["parquet"]
+            remedy = "; archives and tables in folders of it are not opened: name their folder" if inside else ""
             raise ValueError(f"no images in {src}: it holds {others or 'nothing'}{remedy}")
         return listing
 
@@ -134,15 +147,15 @@ def make_shards(
     if retry_failed and not before:
         raise ValueError(f"{dest} is not complete: the same command without --retry_failed comes first")
 
-    def write_same_listing(folder: Path) -> Listing:
-        listing = write_listing(folder)
+    def write_same_listing(folder: Path, *, unpacks: bool = True) -> Listing:
+        listing = write_listing(folder, unpacks=unpacks)
         refuse_other_images(listing, before or {}, dest)
         return listing
 
     ongoing = begun_retry(dest) if before else None
     if before and not retry_failed:
         with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
-            write_same_listing(Path(folder))
+            write_same_listing(Path(folder), unpacks=False)
         print(f"{dest} is complete: {before['packed']:,} of {before['found']:,} images packed; nothing to do")
         if ongoing:
             print("a --retry_failed was interrupted here: the same command with that flag goes on with it")
@@ -163,7 +176,13 @@ def make_shards(
             if overwrite:
                 remove_ours(dest)
             listing = begun(journal, job, dest) or begin(journal, dest, job, write_listing)
-            kept = remove_duplicates(listing, journal, records, how) if dedup else None
+            kept = None
+            if dedup:
+                hashes = content_hashes(listing, journal, records, "hashes", hash_contents, headers, None, how)
+                kept, _ = find_duplicates(hashes, journal)
+            elif dedup_near >= 0:
+                hashes = content_hashes(listing, journal, records, "near", near.hash_pictures, headers, options, how)
+                kept, _ = near.find_near_duplicates(hashes, dedup_near, journal)
         shards = plan(
             listing.sizes,
             kept,
@@ -181,7 +200,7 @@ def make_shards(
         total = sum(shard.end - shard.begin for shard in shards)
         workers.run(
             pack,
-            pack_tasks(listing, kept, seed, (shard for shard in shards if shard not in done), dest, options),
+            pack_tasks(listing, kept, seed, (shard for shard in shards if shard not in done), dest, options, headers),
             what="packing",
             total=total,
             done=sum(shard.end - shard.begin for shard in done),
@@ -192,7 +211,7 @@ def make_shards(
             raise ValueError(
                 f"{len(missing)} shards were packed but are not in {dest}: do all workers see that folder?"
             )
-        counts = finish(dest, records, journal, listing, shards, seed, retry, options.grey16_range)
+        counts = finish(dest, records, journal, listing, shards, seed, retry, options.grey16_range, headers)
     summary = {"job": job, "digest": listing.summary["digest"], **counts}
     files.write(files.join(dest, SUMMARY), json.dumps(summary, indent=1).encode())
     remove_journal(dest)
@@ -200,7 +219,13 @@ def make_shards(
 
 
 def pack_tasks(
-    listing: Listing, kept: np.ndarray | None, seed: int, shards: Iterator[PlannedShard], dest: str, options: Options
+    listing: Listing,
+    kept: np.ndarray | None,
+    seed: int,
+    shards: Iterator[PlannedShard],
+    dest: str,
+    options: Options,
+    headers: Headers = NO_HEADERS,
 ) -> Iterator[PackTask]:
     count = len(listing) if kept is None else len(kept)
     for shard in shards:
@@ -210,7 +235,7 @@ def pack_tasks(
             own = any(sidecar.extension == LABEL_EXTENSION for sidecar in image.sidecars or ())
             images.append(PlannedImage(number, image, None if own and image.label is None else listing.label(image)))
         tar = files.join(dest, f"{shard.name}.tar")
-        yield PackTask(tar, files.join(dest, f"{JOURNAL}/{shard.record}"), images, options)
+        yield PackTask(tar, files.join(dest, f"{JOURNAL}/{shard.record}"), images, options, headers)
 
 
 def failing(max_failed: float, total: int, records: str, done: Iterable[PlannedShard]) -> Callable[[TaskDone], None]:
@@ -232,24 +257,32 @@ def failing(max_failed: float, total: int, records: str, done: Iterable[PlannedS
     return check
 
 
-def remove_duplicates(listing: Listing, journal: Path, records: str, how: dict[str, Any]) -> np.ndarray:
-    """Numbers of the images that are not the same as an earlier one."""
-    names = [f"hashes-{i:06d}" for i in range(-(-len(listing) // HASHED_TOGETHER))]
+def content_hashes(
+    listing: Listing,
+    journal: Path,
+    records: str,
+    kind: str,
+    work: Callable[[HashTask], TaskDone],
+    headers: Headers,
+    options: Options | None,
+    how: dict[str, Any],
+) -> np.ndarray:
+    """uint64 [n, 2]: what `work` makes of each image, in parallel; parts that are done are not done again."""
+    names = [f"{kind}-{i:06d}" for i in range(-(-len(listing) // HASHED_TOGETHER))]
     there = files.names(records)
 
     def tasks() -> Iterator[HashTask]:
         for i, name in enumerate(names):
             if name not in there:
                 numbers = range(i * HASHED_TOGETHER, min((i + 1) * HASHED_TOGETHER, len(listing)))
-                yield HashTask(files.join(records, name), [listing[n] for n in numbers])
+                yield HashTask(files.join(records, name), [listing[n] for n in numbers], options, headers)
 
     done = min(len(there & set(names)) * HASHED_TOGETHER, len(listing))
-    workers.run(hash_contents, tasks(), what="hashing", total=len(listing), done=done, **how)
-    with (journal / "hashes.bin").open("wb") as file:
+    workers.run(work, tasks(), what="hashing", total=len(listing), done=done, **how)
+    with (journal / f"{kind}.bin").open("wb") as file:
         for name in names:
             file.write(files.read(files.join(records, name)))
-    kept, _ = find_duplicates(np.memmap(journal / "hashes.bin", np.uint64, "r").reshape(-1, 2), journal)
-    return kept
+    return np.memmap(journal / f"{kind}.bin", np.uint64, "r").reshape(-1, 2)
 
 
 def known_range(src: str) -> Grey16 | None:
@@ -274,7 +307,10 @@ def _digest(place: str) -> str:
 def main() -> None:
     parser = ArgumentParser(prog="make_shards", description="Images -> WebDataset tar shards, their index, a manifest.")
     parser.add_argument(
-        "src", type=str, help="folder, list (.txt .csv .tsv .parquet), .tar, .zip, shards ('old/*.tar'), or a URL"
+        "src",
+        type=str,
+        help="folder, list (.txt .csv .tsv .parquet), tables of images ('train-*.parquet'), .tar, .zip, shards "
+        "('old/*.tar'), or a URL",
     )
     parser.add_argument("dest", type=str, help="folder or URL that the shards go to")
     flags: tuple[tuple[str, Any, str], ...] = (
@@ -284,10 +320,17 @@ def main() -> None:
         ("samples_per_shard", 10_000, "a shard is full at this many images"),
         ("shard_bytes", 500_000_000, "or at this many bytes of images, as they are in SRC"),
         ("labels", "auto", "auto: of the source, its folders; none; or a file of names and labels"),
-        ("label_key", "", "labels from this column of the list, or this key of the JSON beside each image"),
+        ("label_key", "", "labels from this column of the list or table, or this key of the JSON beside each image"),
+        ("image_key", "", "column of a list that holds the paths or URLs, or of a table that holds the images"),
         ("classes", "", "class names in the order of their numbers: a text file or another DEST"),
         ("holdout", 0.0, "fraction (0.1) or number (5000) of images for DEST/val, the others to DEST/train"),
         ("dedup", False, "leave out exact duplicates (reads every image twice)"),
+        (
+            "dedup_near",
+            -1,
+            "leave out images whose 64-bit perceptual hash is at most this many bits (0 to 3) from that of an earlier "
+            "one; takes 120 bytes of memory an image, and reads every image twice; -1: keep them",
+        ),
         ("short_side", 0, "shrink images whose shorter side is longer than this many pixels; 0: none"),
         ("quality", 90, "JPEG quality of what is encoded again"),
         ("convert", False, "other formats to JPEG"),
@@ -304,7 +347,16 @@ def main() -> None:
         if name == "grey16_range":
             how = {"type": int, "nargs": 2, "metavar": ("LOW", "HIGH")}
         parser.add_argument(f"--{name}", default=default, help=text, **how)
+    parser.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="'NAME: VALUE'",
+        help="HTTP header of the requests for lines of a list, whatever their host; may be repeated; $NAME in quotes "
+        "'...' is taken from the environment; it is written nowhere",
+    )
     given = vars(parser.parse_args())
+    headers = parse_headers(given.pop("header"))
     fields = ("no_verify", "max_pixels", "min_side", "short_side", "quality", "convert")
     grey16 = grey16_range(given.pop("grey16_range") or None, "--grey16_range")
     options = Options(**{name: given.pop(name) for name in fields}, grey16_range=grey16)
@@ -312,8 +364,10 @@ def main() -> None:
         raise ValueError("SRC and DEST may not be empty: an unset variable?")  # it would be this folder
     for name, value in (given | asdict(options)).items():
         least = 1 if name in ("samples_per_shard", "shard_bytes", "max_pixels") else 0
-        if name not in ("seed", "holdout") and isinstance(value, int) and value < least:
+        if name not in ("seed", "holdout", "dedup_near") and isinstance(value, int) and value < least:
             raise ValueError(f"--{name} {value}: at least {least}")
+    if not -1 <= given["dedup_near"] <= near.MOST_BITS:
+        raise ValueError(f"--dedup_near {given['dedup_near']}: bits, from 0 to {near.MOST_BITS}; -1: keep all")
     if not 1 <= options.quality <= 100:
         raise ValueError(f"--quality {options.quality}: from 1 to 100")
     if not (0 <= given["holdout"] < 1 or (given["holdout"] >= 1 and given["holdout"].is_integer())):
@@ -328,7 +382,7 @@ def main() -> None:
     disk = tempfile.gettempdir() if is_remote(given["dest"]) else given["dest"]  # an upload is written there first
     try:
         with files.naming(disk):
-            make_shards(options=options, num_workers=given.pop("workers"), **given)
+            make_shards(options=options, num_workers=given.pop("workers"), headers=headers, **given)
     except (ValueError, OSError, RuntimeError):
         raise
     except Exception as error:  # each file system behind a URL has its own kinds

@@ -3,10 +3,11 @@
 import contextlib
 import itertools
 import os
+import re
 import struct
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline.files import is_remote
@@ -30,10 +31,43 @@ LARGEST_MEMBER = 1 << 30  # bytes that a member of a zip may unpack to: there ar
 ZIP_SLACK = 512  # for the name and more in a member's own header; a longer one takes a second read
 
 
+class Headers(tuple[tuple[str, str], ...]):
+    """Of HTTP: names and values. Shown by nobody who shows a task, as Dask does in its log when one fails."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"{len(self)} headers"
+
+    __str__ = __repr__
+
+
+NO_HEADERS = Headers()
+
+
 class Part(NamedTuple):
     path: str
     offset: int  # -1: the whole file
     size: int
+
+
+def parse_headers(given: Sequence[str]) -> Headers:
+    """`Name: value` -> (Name, value), with environment variables in place of $NAME. ValueError that shows no value."""
+    found = []
+    for line in given:
+        name, colon, value = line.partition(":")
+        expanded = os.path.expandvars(value.strip())
+        if (
+            not colon
+            or not re.fullmatch(r"[A-Za-z0-9-]+", name.strip())
+            or not expanded
+            or re.search(r"[\r\n]", expanded)
+        ):
+            raise ValueError(f"--header {name.strip()[:40]!r} ...: it has to be `Name: value`, in one line")
+        if unset := re.search(r"\$\{?(\w+)", value if expanded == value.strip() else ""):
+            raise ValueError(f"--header {name.strip()}: ${unset[1]} is not set in the environment")
+        found.append((name.strip(), expanded))
+    return Headers(found)
 
 
 def parts_of(image: ListedImage) -> list[Part]:
@@ -52,8 +86,9 @@ def sidecar_alone(image: ListedImage, sidecar: Sidecar) -> ListedImage:
     )
 
 
-def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
-    """For each image its bytes and those of its neighbours in the sample, or why there are none.
+def fetch(images: Iterable[ListedImage], headers: Headers = NO_HEADERS) -> Iterator[list[bytes] | Rejected]:
+    """For each image its bytes and those of its neighbours in the sample, or why there are none. `headers` go along
+    with the requests for http(s) lines of a list.
 
     A URL in a list that cannot be fetched costs its line. FileNotFoundError for a file that was there when it was
     listed; OSError for a store of archives, or of a folder, that does not answer.
@@ -66,7 +101,7 @@ def fetch(images: Iterable[ListedImage]) -> Iterator[list[bytes] | Rejected]:
         while group := list(itertools.islice(iterator, TOGETHER)):
             parts = [parts_of(image) for image in group]
             away = [p for of_image in parts for p in of_image if is_remote(p.path)]
-            answers = iter(_remote(away, silent)) if away else iter(())
+            answers = iter(_remote(away, silent, headers)) if away else iter(())
             for image, of_image in zip(group, parts):
                 # All of them, before one can fail: the next image's answers would be taken for the rest of this one's.
                 arrived = [next(answers) if is_remote(p.path) else p for p in of_image] if away else of_image
@@ -137,7 +172,7 @@ def _checked(content: bytes | BaseException, image: ListedImage) -> bytes:
     raise OSError(f"{image.path}: given up after {remote.TRIES} tries, the last: {remote.reason(content)}")
 
 
-def _remote(parts: list[Part], silent: Counter[str]) -> list[bytes | BaseException]:
+def _remote(parts: list[Part], silent: Counter[str], headers: Headers = NO_HEADERS) -> list[bytes | BaseException]:
     """All parts at once; what failed otherwise than by not being there is asked for again."""
     contents: list[bytes | BaseException] = [OSError("its host did not answer the lines before this one")] * len(parts)
     seen = any(part.size >= 0 for part in parts)  # in a store, when it was listed
@@ -147,7 +182,9 @@ def _remote(parts: list[Part], silent: Counter[str]) -> list[bytes | BaseExcepti
         for _, members in itertools.groupby(waiting, key=lambda i: parts[i].path.partition("://")[0]):
             numbers = list(members)
             try:
-                fs, _ = remote.reading_from(parts[numbers[0]].path)
+                url = parts[numbers[0]].path
+                known = headers if not seen and url.startswith("http") else NO_HEADERS
+                fs, _ = remote.reading_from(url, known)
             except Exception as error:  # each file system has its own kinds
                 for i in numbers:
                     contents[i] = error

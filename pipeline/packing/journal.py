@@ -24,7 +24,7 @@ from pipeline.packing.plan import PlannedShard
 JOURNAL = ".make_shards"  # in DEST: the listing and the records of finished shards, until all are
 LISTING = ("listing.jsonl", "listing.bin", "listing.json", "job.json")  # the last one says that all are there
 SHARDS = r"shard-\d{6,}\.(tar|idx)|manifest\.json"  # in DEST, or with a holdout in DEST/train and DEST/val
-REPORTS = r"(rejected|duplicates)\.jsonl|contact_sheet\.png|make_shards\.json"  # in DEST
+REPORTS = r"(rejected|duplicates)\.jsonl|(contact_sheet|near_duplicates)\.png|make_shards\.json"  # in DEST
 OURS = f"{SHARDS}|{REPORTS}"
 
 

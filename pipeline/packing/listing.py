@@ -77,7 +77,8 @@ class Listing:
                     image = image._replace(label=None, sidecars=sidecars or None)
                 survey.add(image)
                 where, what = encode(image.path), encode((_as_written(image) if image.sidecars else image)[1:])
-                digest.update(what.encode())  # not the place: the same images elsewhere are the same input
+                # Not the place: the same images elsewhere are the same input, unpacked from a table or still in it.
+                digest.update((encode(image._replace(offset=-1, size=-1)[1:]) if survey.tables else what).encode())
                 line = f"[{where},{what[1:]}\n".encode()
                 rows.extend((position, image.size))
                 lines.write(line)
@@ -96,6 +97,9 @@ class Listing:
         numbers = bool(survey.labels) and not classes and all(name.isdecimal() and len(name) < 10 for name in named)
         if classes and (unknown := sorted(set(named) - set(classes))):
             raise ValueError(f"{len(unknown)} labels are not among the {len(classes)} classes, the first: {unknown[0]}")
+        for told in survey.tables:
+            digest.update(told.encode())
+        named_numbers = numbers and bool(survey.classes) and max(map(int, named)) < len(survey.classes)
         if not classes:
             classes = sorted(named, key=int if numbers else None) if named or not labels else survey.classes
         summary = {
@@ -104,6 +108,7 @@ class Listing:
             "classes": classes,
             "class_depth": depth,
             "labels_are_numbers": numbers,
+            "class_names": survey.classes if named_numbers else [],
             "ignored": survey.ignored,
             "remarks": survey.remarks,
             "digest": digest.hexdigest(),

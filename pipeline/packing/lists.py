@@ -6,11 +6,12 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from pipeline import files
 from pipeline.files import is_remote, local_path
+from pipeline.packing.parquet import opened_parquet
 from pipeline.packing.survey import ListedImage, Survey, extension, file_size, is_image_name
 
 # Names of columns, in any case; the earliest in the list that is there is taken.
@@ -21,22 +22,21 @@ LONGEST_CELL = 1 << 24  # characters; Python's own limit is less than some capti
 Row = dict[str, Any]
 
 
-def entries(place: str, survey: Survey, label_key: str = "") -> Iterator[ListedImage]:
+def entries(place: str, survey: Survey, label_key: str = "", image_key: str = "") -> Iterator[ListedImage]:
     """The images of a list, in its order, with its other columns. Relative paths begin in the list's folder.
 
-    `label_key` names the column of labels. A file that is not there has the size -1: it is counted, and rejected when
-    it is packed.
+    `label_key` names the column of labels, `image_key` that of paths. A file that is not there has the size -1: it is
+    counted, and rejected when it is packed.
     """
     folder = place.rpartition("/")[0] if is_remote(place) else str(local_path(place).resolve().parent)
-    for row, path_column, label_column in rows(place):
+    for row, path_column, label_column in rows(place, image_key):
         if label_key and label_key not in row:
-            raise ValueError(f"{place} has no column `{label_key}` (--label_key); it has {', '.join(row)}")
+            raise ValueError(missing_column(place, label_key, row))
         survey.progress.advance()
         label_column = label_key or label_column
         path = row.pop(path_column) or ""
-        if not isinstance(path, str):  # Hugging Face's tables hold the images themselves
-            kind = type(path).__name__
-            raise ValueError(f"{place}: `{path_column}` holds {kind}, not paths: write the images to files first")
+        if not isinstance(path, str):
+            raise ValueError(f"{place}: `{path_column}` holds {type(path).__name__}, neither paths nor images")
         label = row.pop(label_column, None) if label_column else None
         if path.startswith(("~/", "file://")):
             path = str(local_path(path))
@@ -47,6 +47,10 @@ def entries(place: str, survey: Survey, label_key: str = "") -> Iterator[ListedI
             with contextlib.suppress(ValueError):
                 label = json.loads(label)
         yield ListedImage(full, -1, size, path, as_label(label, full), columns)
+
+
+def missing_column(place: str, label_key: str, names: Iterable[str]) -> str:
+    return f"{place} has no column `{label_key}` (--label_key); it has {', '.join(names)}"
 
 
 def as_label(value: Any, where: str) -> str | list[str] | None:
@@ -63,10 +67,10 @@ def as_label(value: Any, where: str) -> str | list[str] | None:
     return None if value in (None, "") else str(value)
 
 
-def rows(place: str) -> Iterator[tuple[Row, str, str]]:
+def rows(place: str, image_key: str = "") -> Iterator[tuple[Row, str, str]]:
     """The rows of a list, with the names of the columns that hold path and label ("" when there is no label)."""
     if place.lower().endswith(".parquet"):
-        yield from _parquet(place)
+        yield from _parquet(place, image_key)
         return
     with _opened(place) as file:
         if place.lower().endswith(".txt"):
@@ -89,7 +93,7 @@ def rows(place: str) -> Iterator[tuple[Row, str, str]]:
             lines = itertools.chain([first], lines)
         else:
             header = first
-        path_column, label_column = _columns(header, place)
+        path_column, label_column = _columns(header, place, image_key)
         for cells in lines:
             if len(cells) != len(header):
                 where = f"{place}, line {reader.line_num}"
@@ -116,29 +120,22 @@ def _split(line: str) -> tuple[str, str | None]:
     return line.strip(), None
 
 
-def _columns(names: Iterable[str], place: str) -> tuple[str, str]:
-    lower = {name.strip().lower(): name for name in reversed(list(names))}
-    path = next((lower[name] for name in PATHS if name in lower), None)
-    if path is None:
-        raise ValueError(f"{place} has no column of paths: name one `path`; it has {', '.join(lower.values())}")
+def _columns(names: Sequence[str], place: str, image_key: str) -> tuple[str, str]:
+    lower = {name.strip().lower(): name for name in reversed(names)}
+    path = next((lower[name] for name in (image_key.lower(), *PATHS) if name in lower), None)
+    if path is None or (image_key and path != image_key):
+        wanted = f"no column `{image_key}` (--image_key)" if image_key else "no column of paths: name it by --image_key"
+        raise ValueError(f"{place} has {wanted}; it has {', '.join(names)}")
     return path, next((lower[name] for name in LABELS if name in lower), "")
 
 
-def _parquet(place: str) -> Iterator[tuple[Row, str, str]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{place}: reading Parquet takes pyarrow: pip install pyarrow") from None
-    source: Any = io.BytesIO(files.read(place)) if is_remote(place) else local_path(place)
-    try:
-        with pyarrow.parquet.ParquetFile(source) as file:
-            path_column, label_column = _columns(file.schema_arrow.names, place)
-            for batch in file.iter_batches(8192):
-                for row in batch.to_pylist():
-                    # Not a number: how pandas marks what is missing.
-                    yield {k: None if v != v else v for k, v in row.items()}, path_column, label_column
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{place} is not a whole Parquet file ({error}): fetch or write it again") from None
+def _parquet(place: str, image_key: str) -> Iterator[tuple[Row, str, str]]:
+    with opened_parquet(place) as file:
+        path_column, label_column = _columns(file.schema_arrow.names, place, image_key)
+        for batch in file.iter_batches(8192):
+            for row in batch.to_pylist():
+                # Not a number: how pandas marks what is missing.
+                yield {k: None if v != v else v for k, v in row.items()}, path_column, label_column
 
 
 def _opened(place: str) -> TextIO:

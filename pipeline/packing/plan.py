@@ -111,8 +111,11 @@ def find_duplicates(hashes: np.ndarray, folder: Path) -> tuple[np.ndarray, int]:
     return kept_numbers, count - len(kept_numbers)
 
 
-def duplicate_pairs(folder: Path) -> Iterator[tuple[int, int]]:
-    path = folder / "duplicates.bin"
+def duplicate_pairs(folder: Path) -> Iterator[tuple[int, int, int]]:
+    """The duplicate, the image that stays, and how many bits their perceptual hashes are apart (-1: exact ones)."""
+    path, near = folder / "duplicates.bin", folder / "bits.bin"
     if path.exists() and path.stat().st_size:
-        for duplicate, original in np.memmap(path, np.int64, "r").reshape(-1, 2):
-            yield int(duplicate), int(original)
+        pairs = np.memmap(path, np.int64, "r").reshape(-1, 2)
+        apart = np.memmap(near, np.uint8, "r") if near.exists() else np.full(len(pairs), -1)
+        for (duplicate, original), bits in zip(pairs, apart):
+            yield int(duplicate), int(original), int(bits)

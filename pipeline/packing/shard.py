@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from pipeline import files
-from pipeline.packing.fetch import FAILED, fetch
+from pipeline.packing.fetch import FAILED, NO_HEADERS, Headers, fetch
 from pipeline.packing.prepare import Options, Rejected, prepare
 from pipeline.packing.survey import ListedImage
 from pipeline.sources.index import BLOCK, LABEL_LISTS, Component, format_index
@@ -38,11 +38,14 @@ class PackTask(NamedTuple):
     record: str  # where its record goes
     images: list[PlannedImage]
     options: Options
+    headers: Headers = NO_HEADERS  # of requests for lines of a list; here, since a task is written nowhere
 
 
 class HashTask(NamedTuple):
     output: str  # where the hashes go
     images: list[ListedImage]
+    options: Options | None = None  # of perceptual hashes: an image that will be rejected has none
+    headers: Headers = NO_HEADERS
 
 
 class TaskDone(NamedTuple):
@@ -106,7 +109,7 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
         remarks.setdefault(kind, [0, f"{planned.image.name}: {detail}"])[0] += 1
 
     with writer:
-        for planned, contents in zip(task.images, fetch(planned.image for planned in task.images)):
+        for planned, contents in zip(task.images, fetch((planned.image for planned in task.images), task.headers)):
             try:
                 if isinstance(contents, Rejected):
                     raise contents
@@ -126,7 +129,7 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
                 line = {"name": planned.image.name, "reason": why.reason, "detail": why.detail}
                 # The number is what --retry_failed finds the image by.
                 rejected.append(line | {"number": planned.number} if why.reason in FAILED else line)
-            _advance(planned.image)
+            count_done(planned.image)
         if writer.tarstream.offset != position:
             raise RuntimeError(f"{task.shard}: the index says {position} bytes, the tar has {writer.tarstream.offset}")
     record = {
@@ -139,7 +142,8 @@ def _write(task: PackTask, sink: _Sink) -> tuple[dict[str, Any], list[list[Compo
     return record, index
 
 
-def _advance(image: ListedImage) -> None:
+def count_done(image: ListedImage) -> None:
+    """Moves the bar by one image."""
     if COUNTERS is not None:
         COUNTERS[COUNTER] += 1
         COUNTERS[COUNTER + 1] += max(image.size, 0)
@@ -170,9 +174,9 @@ def hash_contents(task: HashTask) -> TaskDone:
     An image that cannot be read is hashed by its name: no duplicate, and rejected when it is packed.
     """
     hashes = []
-    for image, contents in zip(task.images, fetch(task.images)):
+    for image, contents in zip(task.images, fetch(task.images, task.headers)):
         content = image.name.encode("utf-8", "surrogateescape") if isinstance(contents, Rejected) else contents[0]
         hashes.append(xxhash.xxh3_128(content).digest())
-        _advance(image)
+        count_done(image)
     files.write(task.output, np.frombuffer(b"".join(hashes), np.uint64).tobytes())
     return TaskDone(len(task.images))

@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline import files
 from pipeline.files import is_remote, local_path
-from pipeline.packing.collect import CONTACT_SHEET
-from pipeline.packing.fetch import FAILED
+from pipeline.packing.collect import CONTACT_SHEET, NEAR_SHEET
+from pipeline.packing.fetch import FAILED, NO_HEADERS, Headers
 from pipeline.packing.listing import Listing
+from pipeline.packing.pair_picture import pair_picture
 from pipeline.packing.plan import PlannedShard, duplicate_pairs
 from pipeline.packing.retry import Retry
 from pipeline.packing.survey import listed_kinds
@@ -41,6 +42,7 @@ def finish(
     seed: int,
     retry: Retry | None = None,
     grey16: Grey16 | None = None,
+    headers: Headers = NO_HEADERS,
 ) -> dict[str, Any]:
     """Writes what belongs to the shards and returns the counts; with `retry`, of these shards and those before.
 
@@ -85,7 +87,10 @@ def finish(
         raise ValueError(
             f"none of the {len(listing):,} images can be used; {count:,}: {reason}, the first {first[reason]}"
         )
-    duplicates = before["duplicates"] if retry else _write_duplicates(dest, journal, listing)
+    if retry:
+        duplicates, bits_apart = before["duplicates"], before.get("bits_apart", {})
+    else:
+        duplicates, bits_apart = _write_duplicates(dest, journal, listing, seed, headers, grey16)
     found, rejected = len(listing), reasons.total()
     if found != packed + rejected + duplicates:
         raise RuntimeError(f"found {found} != packed {packed} + rejected {rejected} + duplicates {duplicates}")
@@ -103,6 +108,7 @@ def finish(
         "packed": packed,
         "rejected": rejected,
         "duplicates": duplicates,
+        **({"bits_apart": bits_apart} if bits_apart else {}),
         "reasons": dict(reasons.most_common()),
         "first_rejected": first,
         "classes": len(labels),
@@ -129,7 +135,9 @@ def _lines_without(numbers: list[int], dest: str) -> list[dict[str, Any]]:
 
 
 def class_names(listing: Listing) -> tuple[str, ...]:
-    """Names by number; labels that came as numbers are their own names."""
+    """Names by number; labels that came as numbers are their own names, unless the source named its numbers."""
+    if named := listing.summary.get("class_names"):  # older listings have none
+        return tuple(named)
     if listing.summary["labels_are_numbers"] and listing.classes:
         return tuple(map(str, range(int(listing.classes[-1]) + 1))) if int(listing.classes[-1]) < 1_000_000 else ()
     return tuple(listing.classes)
@@ -146,15 +154,25 @@ def _save_manifest(manifest: Manifest, place: str) -> None:
         here.unlink()
 
 
-def _write_duplicates(dest: str, journal: Path, listing: Listing) -> int:
+def _write_duplicates(
+    dest: str, journal: Path, listing: Listing, seed: int, headers: Headers, grey16: Grey16 | None
+) -> tuple[int, dict[str, int]]:
+    """How many there are; and of near ones, how many are so many bits apart."""
     count = 0
+    near = []
     if (journal / "duplicates.bin").exists():
         with files.writing(files.join(dest, "duplicates.jsonl")) as lines:
-            for duplicate, original in duplicate_pairs(journal):
-                line = {"name": listing[duplicate].name, "same_as": listing[original].name}
+            for duplicate, original, bits in duplicate_pairs(journal):
+                line: dict[str, Any] = {"name": listing[duplicate].name, "same_as": listing[original].name}
+                if bits >= 0:
+                    line["bits"] = bits
+                    near.append((duplicate, original, bits))
                 lines.write(json.dumps(line).encode() + b"\n")
                 count += 1
-    return count
+    if near:
+        files.write(files.join(dest, NEAR_SHEET), pair_picture(listing, near, seed, headers, grey16))
+    apart = Counter(bits for _, _, bits in near)
+    return count, {str(bits): apart[bits] for bits in sorted(apart)}
 
 
 def contact_sheet(
@@ -218,6 +236,8 @@ def table(counts: dict[str, Any], dest: str, seconds: float) -> str:
     for reason, count in counts["reasons"].items():
         lines.append(f"    {count:>22,}  {reason}; the first: {counts['first_rejected'][reason]}")
     lines += [f"  duplicates{counts['duplicates']:>14,}" + ("  see duplicates.jsonl" if counts["duplicates"] else "")]
+    for bits, count in counts.get("bits_apart", {}).items():
+        lines.append(f"    {count:>22,}  {bits} bits from an image that stays; pairs in {NEAR_SHEET}")
     if ignored := counts["ignored"]:
         lines.append(f"not images  {sum(ignored.values()):>14,}  ({listed_kinds(ignored)})")
     for kind, (count, example) in counts["remarks"].items():

@@ -60,6 +60,9 @@ class Survey:
     with_sidecars: int = 0  # images that have some
     first_with_sidecars: str = ""
     own_labels: int = 0  # images that have a .cls
+    tables: list[str] = field(
+        default_factory=list
+    )  # name, rows and bytes of each table that held the images themselves
     urls: bool = False  # whether some names are URLs, as in lists
     remarks: dict[str, list[Any]] = field(default_factory=dict)  # what to tell -> how often it was seen, the first time
     # Signs of folders that img2dataset made: a file that it puts beside them; names of images that begin with the name

@@ -39,7 +39,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 
 
 @functools.cache
-def _filesystem(protocol: str, anonymous: bool = False) -> Any:
+def _filesystem(protocol: str, anonymous: bool = False, headers: tuple[tuple[str, str], ...] = ()) -> Any:
     """One for all threads, since its coroutines run in fsspec's own event loop; fsspec would make one for each."""
     options: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in ("http", "https"):
@@ -49,6 +49,7 @@ def _filesystem(protocol: str, anonymous: bool = False) -> Any:
         options["client_kwargs"] = {
             "timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=30),
             "read_bufsize": 1 << 20,
+            "headers": dict(headers),
         }
     elif protocol in ("s3", "s3a"):
         # The pool of connections is 10 unless told, fewer than our requests.
@@ -67,12 +68,12 @@ def _filesystem(protocol: str, anonymous: bool = False) -> Any:
         raise ValueError(f"{protocol}:// is not a kind of URL that is read; s3, gs, http, https and hf are") from None
 
 
-def reading_from(url: str) -> tuple[Any, str]:
+def reading_from(url: str, headers: Sequence[tuple[str, str]] = ()) -> tuple[Any, str]:
     """The fsspec file system that reads a URL, and the path in it: all threads share it, and what it listed it may list
-    again from memory; `files.file_system` is for places that are written to. ValueError when there is none for such a
-    URL."""
+    again from memory; `files.file_system` is for places that are written to. `headers`, name and value, go with each
+    request to an HTTP server. ValueError when there is none for such a URL."""
     bare = url.removeprefix(ANONYMOUS)
-    filesystem = _filesystem(bare.partition("://")[0], bare != url)
+    filesystem = _filesystem(bare.partition("://")[0], bare != url, tuple(headers))
     return filesystem, filesystem._strip_protocol(bare)
 
 
