@@ -3,7 +3,8 @@
     python benchmarks/near_duplicates.py [--images 1000000 4000000]
 
 Hashes are random but for one in ten, which is another with up to three bits turned; each must be found. Prints a JSON
-object for each number of images: seconds of the processor, peak memory in bytes an image beyond what the process has before.
+object for each number of images: seconds of the processor, and peak memory in bytes an image, beyond what the process
+has before.
 """
 
 import argparse

@@ -274,7 +274,7 @@ def test_packing_and_training_ask_a_server_equally_often(monkeypatch: pytest.Mon
         raise OSError("no answer")
 
     monkeypatch.setattr(remote, "TRIES", 3)
-    monkeypatch.setattr(fetch, "file_system", lambda _: (Silent(), ""))
+    monkeypatch.setattr(remote, "reading_from", lambda *_: (Silent(), ""))
     said = r"^http://x/a: given up after 3 tries, the last: OSError: no answer$"
     with pytest.raises(OSError, match=said):
         list(fetch.fetch([ListedImage("http://x/a", 0, 5, "a")]))

@@ -19,6 +19,8 @@ from jsonargparse.typing import (
 from pipeline.command import add_cache_flags
 from pipeline.files import is_remote
 
+FOLDERS = ("timm", "hf")  # formats that are a folder
+ExportFormat = Literal["torchvision", "moco", "timm", "hf", "detectron2", "onnx"]
 RUN = "run folder or its URL, a checkpoint of a run, a MoCo .pth.tar, or a ResNet's weights as torchvision names them"
 SOURCE = "(folder of shards, URL, card)"
 GRID = [0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]  # for a batch of 256
@@ -239,18 +241,32 @@ def gallery() -> Namespace:
 
 
 def export() -> Namespace:
-    parser = ArgumentParser(prog="python -m transfer.export", description="Writes a run's encoder for use elsewhere.")
+    parser = ArgumentParser(
+        prog="python -m transfer.export",
+        description="Writes a run's encoder for use elsewhere; the last line is one JSON object.",
+    )
     add = parser.add_argument
-    add("--run", type=str, required=True, help=RUN)
-    add("--output", type=str, required=True, help="file to write, or its URL, such as r50.pth or r50.safetensors")
+    add("--run", type=str | None, help=RUN)
+    add(
+        "--output",
+        type=str | None,
+        help="file to write, such as r50.pth, r50.safetensors, r50.pkl, r50.onnx; for timm and hf a folder; or its URL",
+    )
     add(
         "--format",
-        type=Literal["torchvision", "moco"],
+        type=ExportFormat,
         default="torchvision",
-        help="whose names: torchvision's, or those of the reference MoCo code, with all that its --resume needs",
+        help="who takes it: torchvision (a state dict), moco (the reference code, with all that its --resume needs), "
+        "timm or hf (a folder for timm, or for transformers, with a model card), detectron2 (.pkl), onnx",
     )
-    add("--linear", type=Path | None, help="folder of transfer.linear: its classifier becomes `fc`")
-    return parser.parse_args()
+    add("--linear", type=Path | None, help="folder of transfer.linear: its classifier becomes `fc` (torchvision, onnx)")
+    add("--check", type=Path | None, help="an exported file or folder: verify its weights, say where it came from")
+    args = parser.parse_args()
+    if args.check is None and (args.run is None or args.output is None):
+        parser.error("--run and --output are needed, or --check FILE")
+    if args.check is not None and (args.run is not None or args.output is not None):
+        parser.error("--check reads a file that is there: it goes without --run and --output")
+    return args
 
 
 def report() -> Namespace:

@@ -1,4 +1,10 @@
-"""The encoder of a run for use elsewhere: torchvision's names, or a file of the reference MoCo code's layout."""
+"""The encoder of a run for use elsewhere: a file or folder that another library opens by itself.
+
+    python -m transfer.export --run runs/photos --format timm --output r50_timm
+    python -m transfer.export --check r50_timm
+
+Every export says where it came from (`transfer.provenance`).
+"""
 
 from transfer import arguments
 
@@ -6,145 +12,154 @@ if __name__ == "__main__":
     ARGUMENTS = arguments.export()  # before the imports that take seconds
 
 import functools
+import io
+import json
+import shutil
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torchvision
 from jsonargparse import Namespace
-from safetensors.torch import save as serialize
 
-import checkpoint
-from model.encoders import RESNETS, timm_options
-from model.interchange import over_both_encoders, read_moco, reference_checkpoint
 from pipeline import files
 from pipeline.command import command
-from recipe import Recipe
 from trainer.mirror import bring
-from transfer.load import LoadedEncoder, load_encoder, weights_hash
+from transfer import provenance
+from transfer.arguments import FOLDERS, ExportFormat
+from transfer.export_detectron2 import detectron2_file
+from transfer.export_hf import hf_folder
+from transfer.export_moco import moco_content
+from transfer.export_onnx import onnx_file
+from transfer.export_timm import timm_folder
+from transfer.export_torchvision import building_code, state_file, torchvision_state, trained_classifier
+from transfer.load import LoadedEncoder, load_encoder
+from transfer.model_card import known_figures
+
+SUFFIXES = {"detectron2": ".pkl", "onnx": ".onnx"}  # by which their libraries know such files, and so does --check
 
 
-def torchvision_state(loaded: LoadedEncoder) -> dict[str, torch.Tensor]:
-    """The backbone's parameters and statistics under torchvision's names; `fc`, which it was not trained with, is
-    missing: `torchvision.models.resnet50().load_state_dict(state, strict=False)`."""
-    return {name: tensor.contiguous() for name, tensor in loaded.encoder.backbone.state_dict().items()}
+def export(run: str, output: str | Path, format: ExportFormat, linear: Path | None = None) -> str | Path:
+    """Writes the query encoder of `run` (a run folder, a checkpoint in it, or a MoCo .pth.tar) to `output`.
 
-
-def classifier_state(folder: Path, loaded: LoadedEncoder) -> dict[str, torch.Tensor]:
-    """`fc.weight` and `fc.bias` of the best classifier that transfer.linear trained in `folder` on this encoder.
-
-    Raises FileNotFoundError when there is none, ValueError when it belongs to other weights.
+    torchvision: a state dict, as safetensors when `output` ends so, else by torch.save. moco: with key encoder, queue,
+    optimiser and epoch. timm, hf: a folder with weights, configuration and model card. detectron2: a .pkl. onnx: a
+    graph for any number of images. `linear`, a folder of transfer.linear, adds its classifier to torchvision and onnx.
+    Says on standard error which model takes it. ValueError for an architecture that the format does not hold, and where
+    something lies at `output` that this program did not write.
     """
-    saved = checkpoint.load_newest(folder)
-    if saved is None:
-        raise FileNotFoundError(f"no classifier in {folder}: give the folder that transfer.linear wrote (--out)")
-    if saved["settings"]["encoder"] != weights_hash(loaded.encoder.backbone):
-        raise ValueError(f"the classifier in {folder} was trained on other weights than those of {loaded.name}")
-    newest = saved["rows"][-len(saved["settings"]["lr"]) :]
-    best = max(range(len(newest)), key=lambda i: newest[i]["top1"])
-    return {f"fc.{name}": saved["heads"][f"layers.{best}.{name}"] for name in ("weight", "bias")}
+    given, output = output, str(output)
+    if linear is not None and format not in ("torchvision", "onnx"):
+        raise ValueError("a classifier goes into --format torchvision or onnx alone")
+    if not output.endswith(suffix := SUFFIXES.get(format, "")):
+        raise ValueError(f"--output {output}: a file for {format} is known by its ending, {suffix}")
+    _refuse_to_overwrite(run, output, format)
+    loaded = load_encoder(run, feeds_images=False)
+    record = provenance.provenance(loaded, format)
+    classifier = {} if linear is None else trained_classifier(linear, loaded)
+    if format in FOLDERS:
+        figures = known_figures(loaded, Path(bring(run))) if loaded.is_run else {}
+        content = (timm_folder if format == "timm" else hf_folder)(loaded, record, figures)
+        _write_folder(output, content)
+    else:
+        for place, data in _file(run, output, format, loaded, record, classifier).items():
+            files.make_folder_of(place)
+            files.write(place, data)
+    print(f"note: {output}: {what_it_fits(loaded, format, output)}", file=sys.stderr)
+    return given
 
 
-def write_state(state: dict[str, torch.Tensor], output: str | Path, loaded: LoadedEncoder) -> None:
-    """A state dict: as safetensors, which says what it is of, when `output` ends so, else by torch.save."""
-    with files.writing(str(output)) as written:
-        if str(output).endswith(".safetensors"):
-            written.write(serialize(state, metadata={"source": loaded.name, "step": str(loaded.step)}))
-        else:
-            torch.save(state, written)
-
-
-def building_code(r: Recipe) -> str:
-    """Python that makes `net`, the model which the torchvision format of such an encoder fits: a small stem or other
-    widths are in no model of torchvision by name."""
-    if r.arch.startswith("timm:"):
-        name = r.arch.removeprefix("timm:")
-        more = "".join(f", {option}={value}" for option, value in timm_options(name, r.image_size).items())
-        return f"import timm; net = timm.create_model({name!r}, num_classes=0{more})"
-    if r.width > 1:  # of all layers, unlike torchvision's wide_resnet
-        stem = ", small_stem=True" if r.small_stem else ""
-        return (
-            f"from model.encoders import build_encoder; net = build_encoder({r.arch!r}, width={r.width}{stem}).backbone"
-        )
-    code = f"import torchvision; net = torchvision.models.{r.arch}()"
-    if not hasattr(torchvision.models, r.arch):
-        block, layers, groups, width = RESNETS[r.arch]
-        code = (
-            f"from torchvision.models.resnet import {block.__name__}, ResNet; net = ResNet({block.__name__}, {layers}, "
-            f"groups={groups}, width_per_group={width})"
-        )
-    if r.small_stem:
-        code += "; import torch; net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)"
-        code += "; net.maxpool = torch.nn.Identity()"
-    return code
-
-
-def what_it_fits(r: Recipe, format: Literal["torchvision", "moco"]) -> str:
-    """For people: which model takes the file."""
+def what_it_fits(loaded: LoadedEncoder, format: ExportFormat, output: str) -> str:
+    """For people: what takes the file."""
+    r = loaded.recipe
     if format == "torchvision":
         return f"it fits the model of `{building_code(r)}`; net.load_state_dict(state, strict=False)"
+    if format == "timm":
+        return f'timm.create_model("local-dir:{output}", pretrained=True)'
+    if format == "hf":
+        return f'transformers.AutoModel.from_pretrained("{output}")'
+    if format == "detectron2":
+        return "MODEL.WEIGHTS of detectron2, with MODEL.RESNETS.STRIDE_IN_1X1 False and INPUT.FORMAT RGB"
+    if format == "onnx":
+        return f"its input is `images` [N, 3, {loaded.image_size}, {loaded.image_size}], normalised as training was"
     if hasattr(torchvision.models, r.arch) and r.width == 1 and not r.small_stem:
         return f"it fits the reference code with -a {r.arch}, and --run and --init here"
     return f"it fits --run and --init here; the reference code has no such encoder: {building_code(r)}"
 
 
-def export(
-    run: str, output: str | Path, format: Literal["torchvision", "moco"], linear: Path | None = None
-) -> str | Path:
-    """Writes the query encoder of `run` (a run folder, a checkpoint in it, or a MoCo .pth.tar) to `output`.
+def _file(
+    run: str,
+    output: str,
+    format: ExportFormat,
+    loaded: LoadedEncoder,
+    record: dict[str, Any],
+    classifier: Mapping[str, torch.Tensor],
+) -> dict[str, bytes]:
+    """Place -> content: the file, and before it the record where the format has no room for that."""
+    if format == "detectron2":
+        return {output: detectron2_file(loaded, record)}
+    if format == "onnx":
+        return {output: onnx_file(loaded, record, classifier)}
+    if format == "moco":
+        content = moco_content(run, loaded)
+        content[provenance.KEY] = record | {"weights": provenance.tensors_hash(content["state_dict"])}
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return {output: buffer.getvalue()}
+    state = torchvision_state(loaded) | dict(classifier)
+    record = record | {"weights": provenance.tensors_hash(state)}
+    about = {"source": loaded.name, "step": str(loaded.step), provenance.KEY: json.dumps(record)}
+    note = {} if output.endswith(".safetensors") else {provenance.beside(output): json.dumps(record, indent=1).encode()}
+    return note | {output: state_file(state, output, about)}
 
-    torchvision: a state dict, as safetensors when `output` ends so, else by torch.save; `linear`, a folder of
-    transfer.linear, adds its classifier as `fc`. moco: with key encoder, queue, optimiser and epoch, so that the
-    reference's own scripts evaluate it and either code trains it further. Says on standard error which model takes it.
-    """
-    if linear is not None and format != "torchvision":
-        raise ValueError("a classifier goes into the torchvision format alone")
-    place = files.local_path(str(output))
+
+def _write_folder(output: str, content: Mapping[str, bytes]) -> None:
+    """Locally the folder appears whole; at a URL its configuration, without which no library opens it, comes last."""
+    if files.is_remote(output):
+        for name in sorted(content, key=lambda name: name == "config.json"):
+            files.write(files.join(output, name), content[name])
+        return
+    place = files.local_path(output)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{place.name[:200]}.", dir=place.parent))
+    try:
+        for name, data in content.items():
+            files.write(str(beside / name), data)
+        beside.chmod(0o755)  # mkdtemp makes it the user's alone
+        files.rename(beside, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _refuse_to_overwrite(run: str, output: str, format: ExportFormat) -> None:
+    """ValueError where something lies at `output`: a file that is read, a folder with content, or what this program did
+    not export."""
+    place = files.local_path(output)
     read = [path for path in (Path(run), *Path(run).glob("checkpoints/*")) if path.exists()]
-    if (place.exists() and any(map(place.samefile, read))) or str(output).startswith(files.join(run, "checkpoints/")):
+    if (place.exists() and any(map(place.samefile, read))) or output.startswith(files.join(run, "checkpoints/")):
         raise ValueError(f"--output {output} is what the encoder is read from: name another file")
-    loaded = load_encoder(run, feeds_images=False)
-    print(f"note: {output}: {what_it_fits(loaded.recipe, format)}", file=sys.stderr)
-    files.make_folder_of(str(output))
-    if format == "torchvision":
-        state = torchvision_state(loaded)
-        if linear is not None:
-            state |= classifier_state(linear, loaded)
-        write_state(state, output, loaded)
-        return output
-    content = _moco_content(run, loaded)
-    with files.writing(str(output)) as written:
-        torch.save(content, written)
-    return output
-
-
-def _moco_content(run: str, loaded: LoadedEncoder) -> dict[str, Any]:
-    """Whole: what the run or the file holds of key encoder, queue, optimiser and epoch goes along."""
-    if not loaded.is_run:
-        file = read_moco(loaded.name)
-        parts = {f"encoder_k.{name}": t for name, t in file.key_encoder.items()}
-        if file.queue is not None:
-            parts |= {"queue": file.queue, "queue_ptr": torch.tensor(file.queue_ptr)}
-        about: dict[str, Any] = {"arch": file.arch, "epoch": file.epoch}
-        about["key_encoder_updated"] = file.key_encoder_updated
-        return reference_checkpoint(file.encoder, parts, optimizer=file.optimizer, **about)
-    path = Path(bring(run))
-    saved = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)
-    assert saved is not None  # load_encoder has read it
-    epoch, mechanism = float(saved["epoch"]), loaded.recipe.mechanism
-    if epoch != int(epoch):
-        where = f"the run is at epoch {epoch:.2f}, and such files know whole epochs"
-        print(f"note: {where}: training goes on from {int(epoch)}", file=sys.stderr)
-    if mechanism != "moco":
-        print(f"note: mechanism {mechanism} has no key encoder and no queue to go on with", file=sys.stderr)
-    optimizer = over_both_encoders(saved["optimizer"]) if "optimizer" in saved else None
-    moco = saved["moco"] if mechanism == "moco" else None
-    return reference_checkpoint(saved["encoder"], moco, arch=loaded.recipe.arch, epoch=int(epoch), optimizer=optimizer)
+    if format in FOLDERS:
+        if (place.exists() and not place.is_dir()) or files.names(output):
+            raise ValueError(f"--output {output} is there and is no empty folder: name another, or remove it")
+        return
+    if files.is_remote(output):
+        return
+    for there in (place, Path(provenance.beside(place))) if format == "torchvision" else (place,):
+        if there.is_dir():
+            raise ValueError(f"--output {output}: {there} is a folder; --format {format} writes a file")
+        if there.exists() and not provenance.is_ours(place):
+            raise ValueError(f"--output {output}: {there} is there and is no export of this program: name another file")
 
 
 def main(args: Namespace) -> None:
-    print(export(args.run, args.output, args.format, args.linear))
+    if args.check is not None:
+        print(json.dumps(provenance.check(args.check)))
+        return
+    output = export(args.run, args.output, args.format, args.linear)
+    print(json.dumps({"output": str(output), "format": args.format}))
 
 
 if __name__ == "__main__":

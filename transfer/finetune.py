@@ -41,7 +41,7 @@ from trainer.build import DTYPES
 from trainer.schedule import learning_rate
 from transfer import ledger
 from transfer.arguments import encoder_arguments
-from transfer.export import write_state
+from transfer.export_torchvision import write_state
 from transfer.labels import check_classes, hits, labels_of, warn_of_overlap
 from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
 from transfer.subsets import share_of_each_class

@@ -73,6 +73,7 @@ class LoadedEncoder:
     has_head: bool = True  # False when the file had none: the encoder's own is then as it was initialised
     is_run: bool = True  # False for a MoCo file
     start: Literal["trained", "untrained"] = "trained"
+    fingerprint: str = ""  # of the data that it was trained on; empty when untrained or unknown
 
     def part(self, features: Literal["backbone", "head"]) -> nn.Module:
         """The module whose output is `features`: [N, 3, S, S] -> [N, D]. ValueError for a head that the file lacks."""
@@ -163,6 +164,7 @@ def _of_run(
         if state is not None:
             encoder.load_state_dict(state["encoder"])
         step = 0 if state is None else int(state["step"])
+        data = "" if state is None else str(state.get("loader", {}).get("fingerprint", ""))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} and its recipe (arch {r.arch}, dim {r.dim}) do not fit: {reason[:200]}") from None
@@ -170,7 +172,8 @@ def _of_run(
     if image_size not in (None, r.image_size) and r.arch.startswith("timm:"):
         check_image_size(encoder.backbone, r.arch, image_size)
     start: Literal["trained", "untrained"] = "untrained" if state is None else "trained"
-    return LoadedEncoder(encoder.eval(), r, image_size or r.image_size, normalised, name, step, start=start)
+    about: dict[str, Any] = {"start": start, "fingerprint": data}
+    return LoadedEncoder(encoder.eval(), r, image_size or r.image_size, normalised, name, step, **about)
 
 
 def _build(r: Recipe) -> Encoder:

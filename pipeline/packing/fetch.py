@@ -32,7 +32,7 @@ ZIP_SLACK = 512  # for the name and more in a member's own header; a longer one 
 
 
 class Headers(tuple[tuple[str, str], ...]):
-    """Of HTTP: names and values. Shown by nobody who shows a task, as Dask does in its log when one fails."""
+    """Names and values for HTTP. They do not show where a task is shown, as Dask does in its log when one fails."""
 
     __slots__ = ()
 

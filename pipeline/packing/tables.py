@@ -66,7 +66,7 @@ class Unpacked:
 
 
 def columns_of(place: str, *, image_key: str = "", label_key: str = "") -> Columns:
-    """What the table's schema says. ValueError when `image_key` or `label_key` is no fitting column of a table with
+    """Reads the table's schema. ValueError when `image_key` or `label_key` is no fitting column of a table with
     images, or when none of several images is the one."""
     import pyarrow
 

@@ -23,6 +23,7 @@ from pipeline.packing.listing import Listing
 from pipeline.packing.prepare import Options, Rejected
 from pipeline.packing.survey import ListedImage, Sidecar, Survey
 from pipeline.pixels.formats import EXTENSIONS
+from pipeline.sources import remote
 
 
 def make(src: Path | str, dest: Path | str, **more: Any) -> dict[str, Any]:
@@ -209,8 +210,8 @@ def test_parquet_as_people_have_it(image_folder: Path, tmp_path: Path) -> None:
     make(place, tmp_path / "d")
     assert labelled(tmp_path / "d") == Counter((p.read_bytes(), n) for p, n in zip(images, ("0", "1", "-1")))
     assert sorted(s.get("json", b"") for s in read_shards(tmp_path / "d").values())[0] == b""
-    write([{"image": {"bytes": p.read_bytes(), "path": p.name}} for p in images])
-    with pytest.raises(ValueError, match=r"`image` holds dict, not paths"):
+    write([{"image": {"path": p.name}} for p in images])
+    with pytest.raises(ValueError, match=r"`image` holds dict, neither paths nor images"):
         make(place, tmp_path / "x")
     place.write_bytes(b"PAR1 cut short")
     with pytest.raises(ValueError, match=r"list.parquet is not a whole Parquet file"):
@@ -425,7 +426,7 @@ class Server:
 
 def test_answers_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is refused costs its image, and what comes after it stays with its own."""
-    monkeypatch.setattr(fetch, "file_system", lambda _: (Server(), ""))
+    monkeypatch.setattr(remote, "reading_from", lambda url, *_: (Server(), url))
     names = ("a", "refused", "c")
     entries = [
         ListedImage(f"http://x/{n}.tar", 10 * i, 5, "n", sidecars=[Sidecar("cls", 10 * i + 5, 2)])

@@ -128,7 +128,7 @@ def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_
             right += int((theirs(batch.images).argmax(dim=1) == batch.labels).sum())
             total += len(batch.labels)
     assert right / total == max(row["top1"] for row in rows) > min(row["top1"] for row in rows)
-    with pytest.raises(ValueError, match="torchvision format alone"):
+    with pytest.raises(ValueError, match="--format torchvision or onnx alone"):
         export(str(run_folder), tmp_path / "x", "moco", folder)
     with pytest.raises(FileNotFoundError, match="no classifier in"):
         export(str(run_folder), tmp_path / "x", "torchvision", tmp_path)
