@@ -140,8 +140,11 @@ def versions(device: str) -> dict[str, Any]:
             return False
 
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    asked = "nvidia-smi --query-gpu=driver_version,clocks.max.sm --format=csv,noheader"
+    driver = subprocess.run(asked, shell=True, capture_output=True, text=True)
     missing = [module for module in modules.split() if not there(module)]
-    return {"card": card(device), "cpu": cpu[1] if cpu else "", **hardware(device), "missing": missing}
+    facts = {"card": card(device), "cpu": cpu[1] if cpu else "", "driver": driver.stdout.strip()}
+    return facts | hardware(device) | {"missing": missing}
 
 
 def collect(parts: Path | None, state: Path) -> str:
