@@ -123,7 +123,10 @@ def judge(
     """The cells of one row under one protocol, and how many judgements were made for them now. All ranks call it."""
     jobs = {"knn": knn_jobs, "linear": linear_jobs, "logistic": logistic_jobs, "finetune": finetune_jobs}
     if protocol not in jobs:
-        return cells_of_others(protocol, start, known), 0
+        found = cells_of_others(protocol, start, known)
+        if not found and ranks.rank == 0:
+            print(f"note: no ledger has a figure of protocol {protocol!r} for {start.name}", file=sys.stderr)
+        return found, 0
     cells, new = list[Cell](), 0
     for settings, run in jobs[protocol](start, data, output, args, ranks):
         about = ledger.judged(start.loaded) | ({"start": "pixels", "step": 0} if start.pixels else {})
