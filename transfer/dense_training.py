@@ -1,7 +1,7 @@
 """Common to transfer.detect and transfer.segment: where they begin, the schedule, the optimiser, a rank's share."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transfer.arguments import encoder_arguments
 from transfer.class_maps import ClassMaps
 from transfer.detection_data import Annotated
 from transfer.load import LoadedEncoder, load_encoder, weights_hash
-from transfer.training import plain, shared
+from transfer.training import Session, plain, shared
 
 WARMUP_FROM = 0.001  # of the learning rate, as Detectron2 has it
 
@@ -102,6 +102,9 @@ def folder_of(args: Namespace, name: str) -> str:
     return files.join(args.run, "_".join([name, *stem, *(["untrained"] if args.untrained else [])]))
 
 
-def share_of(count: int, ranks: Ranks) -> range:
-    """The images of a set that this rank judges."""
-    return range(ranks.rank, count, ranks.world_size)
+def share_of(count: int, at: Session) -> Iterator[int]:
+    """The images of a set that this rank judges. Each is a sign of life for the watchdog, as many on every rank."""
+    for first in range(0, count, at.ranks.world_size):
+        at.phase("evaluate")
+        if first + at.ranks.rank < count:
+            yield first + at.ranks.rank

@@ -22,7 +22,7 @@ import copy
 import functools
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -104,6 +104,7 @@ def detect(
     train_data = train_data.with_objects(OF_TASK[protocol.task])
     torch.manual_seed(schedule.seed)
     net = detector_of(loaded, len(train_data.classes), len(train_data.joints), protocol).to(at.ranks.device)
+    torch.manual_seed(schedule.seed + at.ranks.rank)  # sizes and sampled boxes, not alike on all ranks
     state = continue_from(at.folder, settings, at.ranks, "detector")
     refuse_foreign_picture(at.folder / PICTURE, state, at.ranks)
     losses = (*LOSSES, *{"boxes": (), "masks": ("loss_mask",), "keypoints": ("loss_keypoint",)}[protocol.task])
@@ -118,12 +119,17 @@ def detect(
         parts = [found[name].float() for name in losses]
         return torch.stack([torch.stack(parts).sum(), *(part.detach() for part in parts)])
 
+    def arguments(some: Iterable[Batch]) -> Iterator[tuple[Any, ...]]:
+        for batch in some:
+            at.phase("evaluate")
+            yield batch.images, batch.targets
+
     def evaluate(model: nn.Module) -> dict[str, float]:
         dtype = DTYPES[how.get("precision", "fp32")]
         with torch.autocast(at.ranks.device.type, dtype, enabled=dtype != torch.float32):
             if protocol.precise_batches:
                 with contextlib.closing(batches(0, schedule.seed + 1)) as some:
-                    precise_statistics(model, ((b.images, b.targets) for b in islice(some, protocol.precise_batches)))
+                    precise_statistics(model, arguments(islice(some, protocol.precise_batches)))
                 model.eval()
             mine = predict(model, val_data, at, protocol.task, num_threads)
         found = [each for part in gather_objects(mine, at.control) for each in part]
@@ -203,13 +209,15 @@ def training_batches(
 def predict(net: nn.Module, data: Annotated, at: Session, task: str, num_threads: int) -> list[Detection]:
     """This rank's share of `data`, one image at a time, as COCO's results."""
     found = list[Detection]()
-    items = share_of(len(data.files), at.ranks)
-    load = functools.partial(load_sample, data, task="boxes")
+
+    def load(item: int) -> tuple[int, Tensor]:
+        return item, load_sample(data, item, task="boxes").image
+
     label = f"judging on {data.name}" if at.ranks.rank == 0 else ""
-    images = loaded_ahead(load, ([(item,)] for item in items), threads=num_threads)
+    images = loaded_ahead(load, ([(item,)] for item in share_of(len(data.files), at)), threads=num_threads)
     with Progress(label, len(data.files)) as shown, contextlib.closing(images):
-        for item, (sample,) in zip(items, images):
-            (output,) = net([sample.image.to(at.ranks.device).float() / 255])
+        for ((item, image),) in images:
+            (output,) = net([image.to(at.ranks.device).float() / 255])
             found += results_of({name: x.float().cpu() for name, x in output.items()}, data, item)
             shown.advance(at.ranks.world_size)
     return found

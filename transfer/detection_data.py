@@ -62,9 +62,11 @@ class Annotated:
 
 
 def has(each: dict[str, Any], part: str) -> bool:
-    """Whether an object is no crowd and has the part: "bbox", "segmentation", or "keypoints", of which one is seen."""
+    """Whether an object is no crowd, its box not empty, and has the part: "bbox", "segmentation", or "keypoints", of
+    which one is seen."""
     there: Any = each.get(part)
-    return bool(there) and not each.get("iscrowd") and (part != "keypoints" or any(there[2::3]))
+    counts = not each["iscrowd"] and min(each["bbox"][2:]) > 0
+    return counts and bool(there) and (part != "keypoints" or any(there[2::3]))
 
 
 def open_annotated(folder: Path, sets: Sequence[str]) -> Annotated:
@@ -183,6 +185,8 @@ def _coco(folder: Path, name: str) -> Annotated:
         for each in truth["annotations"]:
             each["label"] = label_of[each["category_id"]]
             each.setdefault("iscrowd", 0)
+            if len(each["bbox"]) != 4:
+                raise ValueError(f"the bbox {each['bbox']} is not [x, y, width, height]")
             objects[each["image_id"]].append(each)
         files = [_image_file(folder, name, image) for image in images]
         lists = [objects[image["id"]] for image in images]
@@ -229,9 +233,7 @@ def load_sample(data: Annotated, item: int, *, task: str, flip: bool = False) ->
     about = data.images[item]
     width, height = int(about["width"]), int(about["height"])
     image = torch.from_numpy(read_image(data.files[item], width, height).copy()).permute(2, 0, 1)
-    objects = [o for o in data.objects[item] if not o.get("iscrowd") and o["bbox"][2] > 0 and o["bbox"][3] > 0]
-    if task == "masks":
-        objects = [o for o in objects if o.get("segmentation")]
+    objects = [o for o in data.objects[item] if has(o, "segmentation" if task == "masks" else "bbox")]
     x, y, w, h = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).view(-1, 4).T
     corners = torch.stack([x, y, x + w, y + h], dim=1)
     boxes = BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))

@@ -44,6 +44,7 @@ def drawn(image: Tensor, objects: Sequence[dict[str, Any]], data: Annotated, tas
         withs = [i for i, o in enumerate(objects) if o.get("segmentation")]
         if withs:
             masks = torch.from_numpy(masks_of([objects[i] for i in withs], *image.shape[1:])).bool()
+            masks &= masks.cumsum(dim=0) == 1  # where two overlap, torchvision would paint black
             image = draw_segmentation_masks(image, masks, alpha=0.5, colors=[colours[i] for i in withs])
     if task == "keypoints":
         points = torch.tensor([o["keypoints"] for o in objects if o.get("keypoints")]).view(-1, len(data.joints), 3)

@@ -185,8 +185,8 @@ def judge(
     picture of its first images."""
     classes, (rank, world_size, device) = len(data.classes), at.ranks
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    items = share_of(len(data.files), at.ranks)
-    images = loaded_ahead(functools.partial(load_labelled, data), ([(item,)] for item in items), threads=num_threads)
+    items = ([(item,)] for item in share_of(len(data.files), at))
+    images = loaded_ahead(functools.partial(load_labelled, data), items, threads=num_threads)
     rows = list[tuple[Tensor, Tensor]]()
     label = f"judging on {data.name}" if rank == 0 else ""
     with Progress(label, len(data.files)) as shown, contextlib.closing(images):

@@ -16,13 +16,16 @@ import torch
 import yaml
 from annotated_folders import coco_folder, narrow_encoder, voc_folder
 from conftest import REPOSITORY, cpu_environment
+from jsonargparse import Namespace
 from PIL import Image
 
 import checkpoint
+from model.encoders import build_encoder
 from transfer import dense_arguments, ledger
-from transfer.dense_training import Schedule, schedule_of
+from transfer.dense_training import Schedule, folder_of, load_start, schedule_of
 from transfer.detect import PICTURE, Protocol, detect
 from transfer.detection_data import Annotated, open_annotated
+from transfer.detection_picture import drawn as picture_of
 from transfer.training import Session
 
 SMALL = Protocol(
@@ -97,6 +100,33 @@ def test_sets_that_do_not_go_with_the_task(drawn: Annotated, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="keypoints need categories that list them"):
         detect(narrow_encoder(), voc, voc, **joints)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_picture_has_both_masks_where_they_overlap(drawn: Annotated) -> None:
+    (one,) = drawn.objects[0]
+    x, y, w, h = one["bbox"]
+    half = one | {"segmentation": [[x, y, x + w // 2, y, x + w // 2, y + h, x, y + h]], "score": 0.2}
+    image = torch.full((3, 48, 64), 200, dtype=torch.uint8)
+    alone, both = (picture_of(image, found, drawn, "masks").int() for found in ([one], [one, half]))
+    place = (slice(None), y + h - 5, x + w // 4)  # below the names, in both masks
+    assert (alone - both)[place].abs().max() <= 2 and (alone[place] - 200).abs().max() > 20
+    joints = picture_of(image, [one], drawn, "keypoints")
+    assert (joints[:, y + 1, x + 1] != 200).any() and (picture_of(image, [], drawn, "masks") == 200).all()
+
+
+def test_where_a_training_begins_and_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare file is a start too, and has no folder for what comes out."""
+    file = tmp_path / "r18.pth"
+    torch.save(build_encoder("resnet18").backbone.state_dict(), file)
+    flags: dict[str, Any] = {"untrained": False, "mean": None, "std": None, "config": None, "out": None}
+    args = Namespace(run=str(file), **flags)
+    assert load_start(args).encoder.features == 512
+    assert "ImageNet's mean and std (--mean --std)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is no run folder: say with --out"):
+        folder_of(args, "detect")
+    given = Namespace(run=str(tmp_path), **flags | {"untrained": True, "config": ["recipes/detection/voc07_c4.yaml"]})
+    assert folder_of(given, "detect") == f"{tmp_path}/detect_voc07_c4_untrained"
+    assert folder_of(Namespace(**{**vars(given), "out": "s3://b/x"}), "detect") == "s3://b/x"
 
 
 def test_the_schedule() -> None:
