@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from pipeline import files
 from pipeline.files import is_remote, local_path
 from pipeline.packing.collect import CONTACT_SHEET, NEAR_SHEET
 from pipeline.packing.fetch import FAILED, NO_HEADERS, Headers
 from pipeline.packing.listing import Listing
-from pipeline.packing.pair_picture import pair_picture
+from pipeline.packing.pair_picture import caption_font, fitted, pair_picture
 from pipeline.packing.plan import PlannedShard, duplicate_pairs
 from pipeline.packing.retry import Retry
 from pipeline.packing.survey import listed_kinds
@@ -179,13 +179,10 @@ def contact_sheet(
     dest: str, tars: Sequence[tuple[str, int]], classes: Sequence[str], seed: int, grey16: Grey16 | None = None
 ) -> bytes:
     """A PNG of images from all over the shards, with their classes: a look at it shows most mistakes."""
-    import matplotlib  # a fifth of a second, in no hurry
-
     ends = list(itertools.accumulate(samples for _, samples in tars))
     chosen = sorted(random.Random(seed).sample(range(ends[-1]), min(ends[-1], SHEET[0] * SHEET[1])))
     across = min(len(chosen), SHEET[0])
-    # Pillow's own font has ASCII alone; this one is a file that comes with matplotlib.
-    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 11)
+    font = caption_font()
     sheet = Image.new("RGB", (across * CELL, -(-len(chosen) // across) * (CELL + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
     for cell, number in enumerate(chosen):
@@ -195,10 +192,7 @@ def contact_sheet(
         x, y = cell % across * CELL, cell // across * (CELL + CAPTION)
         sheet.paste(thumbnail, (x + (CELL - thumbnail.width) // 2, y + (CELL - thumbnail.height) // 2))
         text = classes[int(label)] if label.isdecimal() and int(label) < len(classes) else label
-        text = " ".join(text.split())  # a name of two lines has no length
-        if font.getlength(text) > CELL - 4:
-            text = next(cut for end in range(len(text), 0, -1) if font.getlength(cut := f"{text[:end]}…") <= CELL - 4)
-        draw.text((x + CELL // 2, y + CELL), text, fill="black", font=font, anchor="ma")
+        draw.text((x + CELL // 2, y + CELL), fitted(text, font, CELL - 4), fill="black", font=font, anchor="ma")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

@@ -92,7 +92,7 @@ def test_its_library_computes_the_same(run: Path, exported: dict[str, Path], pic
     images = parity.photographs(pictures, SIZE, loaded.mean_std)
     with torch.no_grad():
         ours = loaded.encoder.backbone(images)
-        for number in (len(images), 1):
+        for number in (len(images), 1) if format == "onnx" else (len(images),):
             theirs = parity.features(format, exported[format], "resnet18", images[:number])
             assert theirs.shape == ours[:number].shape
             assert float((theirs - ours[:number]).abs().max() / ours.abs().max()) < 1e-5
@@ -331,21 +331,30 @@ def test_nothing_of_others_is_written_over(run: Path, tmp_path: Path, format: st
 
 
 def test_an_export_is_written_anew(run: Path, tmp_path: Path) -> None:
-    for format, name in (("torchvision", "a.pth"), ("torchvision", "a.safetensors"), ("detectron2", "a.pkl")):
-        for _ in range(2):
-            export(str(run), tmp_path / name, format)  # type: ignore[arg-type]
-        assert check(tmp_path / name)["format"] == format
+    for _ in range(2):
+        export(str(run), tmp_path / "a.pth", "torchvision")
+    assert check(tmp_path / "a.pth")["format"] == "torchvision"
     (tmp_path / "b.pth.json").write_text("[]")
     with pytest.raises(ValueError, match=r"b\.pth\.json is there and is no export"):
         export(str(run), tmp_path / "b.pth", "torchvision")
 
 
-def test_onnx_with_a_classifier(
-    run: Path, tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_at_a_url(run: Path) -> None:
+    import fsspec
+
+    export(str(run), "memory://exports/timm", "timm")
+    fs = fsspec.filesystem("memory")
+    names = {name.rpartition("/")[2] for name in fs.find("exports/timm")}
+    assert names == {"model.safetensors", "config.json", "README.md"}
+    with pytest.raises(ValueError, match="is there and is no empty folder"):
+        export(str(run), "memory://exports/timm", "timm")
+
+
+def test_onnx_with_a_classifier(tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
+    run = parity.make_run(tmp_path / "run", "timm:test_resnet", SIZE, pictures)
     loaded = load_encoder(run)
-    fc = nn.Linear(512, 3)
+    fc = nn.Linear(loaded.encoder.features, 3)
     weights = {f"fc.{name}": tensor.detach() for name, tensor in fc.named_parameters()}
     monkeypatch.setattr(command, "trained_classifier", lambda folder, _: weights)
     export(str(run), tmp_path / "c.onnx", "onnx", tmp_path)
