@@ -260,7 +260,7 @@ def export() -> Namespace:
         "timm or hf (a folder for timm, or for transformers, with a model card), detectron2 (.pkl), onnx",
     )
     add("--linear", type=Path | None, help="folder of transfer.linear: its classifier becomes `fc` (torchvision, onnx)")
-    add("--check", type=Path | None, help="an exported file or folder: verify its weights, say where it came from")
+    add("--check", type=on_this_machine, help="an exported file or folder: verify its weights, say where it came from")
     args = parser.parse_args()
     if args.check is None and (args.run is None or args.output is None):
         parser.error("--run and --output are needed, or --check FILE")

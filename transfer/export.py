@@ -82,7 +82,11 @@ def what_it_fits(loaded: LoadedEncoder, format: ExportFormat, output: str) -> st
     if format == "hf":
         return f'transformers.AutoModel.from_pretrained("{output}")'
     if format == "detectron2":
-        return "MODEL.WEIGHTS of detectron2, with MODEL.RESNETS.STRIDE_IN_1X1 False and INPUT.FORMAT RGB"
+        mean, std = ([round(255 * number, 3) for number in numbers] for numbers in loaded.mean_std)
+        return (
+            "MODEL.WEIGHTS of detectron2, with MODEL.RESNETS.STRIDE_IN_1X1 False, INPUT.FORMAT RGB, "
+            f"MODEL.PIXEL_MEAN {mean} and MODEL.PIXEL_STD {std}"
+        )
     if format == "onnx":
         return f"its input is `images` [N, 3, {loaded.image_size}, {loaded.image_size}], normalised as training was"
     if hasattr(torchvision.models, r.arch) and r.width == 1 and not r.small_stem:

@@ -23,18 +23,20 @@ from transfer.load import LoadedEncoder, default_resize, weights_hash
 PROGRAM = "moco-pipeline"
 KEY = "provenance"  # in every format that has room for it
 WEIGHTS = "model.safetensors"  # in a folder that timm or transformers opens
+ENCODER = ("arch", "width", "small_stem", "dim", "mlp")  # all that a file of another program tells of its recipe
 PLACES = ("data", "out", "cache_dir", "work_dir", "init", "knn_data", "knn_train")  # fields that name this machine's
 
 
 def provenance(loaded: LoadedEncoder, format: str) -> dict[str, Any]:
     """The record of an export of `loaded`, without the hash of the file's tensors. No path of this machine is in it."""
     mean, std = loaded.mean_std
+    recipe = asdict(loaded.recipe)
     record = {
         "program": PROGRAM,
         "version": version(),
         "format": format,
         "run": Path(loaded.name).name,
-        "recipe": {name: value for name, value in asdict(loaded.recipe).items() if name not in PLACES},
+        "recipe": {name: recipe[name] for name in recipe if (name not in PLACES if loaded.is_run else name in ENCODER)},
         "step": loaded.step,
         "data": loaded.fingerprint,
         "input": {

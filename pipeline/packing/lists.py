@@ -122,8 +122,11 @@ def _split(line: str) -> tuple[str, str | None]:
 
 def _columns(names: Sequence[str], place: str, image_key: str) -> tuple[str, str]:
     lower = {name.strip().lower(): name for name in reversed(names)}
-    path = next((lower[name] for name in (image_key.lower(), *PATHS) if name in lower), None)
-    if path is None or (image_key and path != image_key):
+    if image_key:
+        path = image_key if image_key in names else None
+    else:
+        path = next((lower[name] for name in PATHS if name in lower), None)
+    if path is None:
         wanted = f"no column `{image_key}` (--image_key)" if image_key else "no column of paths: name it by --image_key"
         raise ValueError(f"{place} has {wanted}; it has {', '.join(names)}")
     return path, next((lower[name] for name in LABELS if name in lower), "")

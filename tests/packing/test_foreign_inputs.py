@@ -93,6 +93,15 @@ def test_columns_of_any_name(drawn: list[bytes], tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "e").exists()
 
 
+def test_a_list_as_pandas_writes_it(image_folder: Path, tmp_path: Path) -> None:
+    """Its column of row numbers has no name."""
+    images = sorted(image_folder.rglob("*.jpg"))[:3]
+    lines = [f"{i},{path},{path.parent.name}" for i, path in enumerate(images)]
+    (tmp_path / "list.csv").write_text("\n".join([",path,label", *lines]))
+    make(tmp_path / "list.csv", tmp_path / "d")
+    assert labelled(tmp_path / "d") == Counter((path.read_bytes(), path.parent.name) for path in images)
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
 def test_lists_with_columns_of_any_name(kind: str, image_folder: Path, tmp_path: Path) -> None:
     images = sorted(image_folder.rglob("*.jpg"))[:6]
@@ -105,6 +114,10 @@ def test_lists_with_columns_of_any_name(kind: str, image_folder: Path, tmp_path:
         place.write_text("\n".join([mark.join(rows[0]), *(mark.join(row.values()) for row in rows)]))
     with pytest.raises(ValueError, match=r"no column of paths: name it by --image_key; it has picture file, kind"):
         make(place, tmp_path / "e")
+    with pytest.raises(
+        ValueError, match=r"no column `picture` \(--image_key\); it has picture file, kind of thing, rest"
+    ):
+        make(place, tmp_path / "e", image_key="picture")
     make(place, tmp_path / "d", image_key="picture file", label_key="kind of thing")
     assert labelled(tmp_path / "d") == Counter((path.read_bytes(), path.parent.name) for path in images)
 

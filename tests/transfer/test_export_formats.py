@@ -1,6 +1,8 @@
 """Every export is opened by its own library, gives the same features there, and says where it came from."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import pickle
 import pickletools
@@ -237,7 +239,9 @@ def resnet50_pkl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipes.save(recipes.Recipe(arch="resnet50", dim=8, mlp=True, image_size=32), folder / "recipe.yaml")
     state = load_encoder(folder, untrained=True).encoder.state_dict()
     checkpoint.save(folder, {"encoder": state, "step": 1}, step=1, keep=1)
-    export(str(folder), folder / "r50.pkl", "detectron2")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        export(str(folder), folder / "r50.pkl", "detectron2")
+    assert "PIXEL_MEAN [123.675, 116.28, 103.53] and MODEL.PIXEL_STD [58.395, 57.12, 57.375]" in said.getvalue()
     return folder / "r50.pkl"
 
 
@@ -284,6 +288,15 @@ def test_every_export_says_where_it_came_from(
     assert record["recipe"]["arch"] == "resnet18" and record["input"]["image_size"] == SIZE
     assert record["encoder"].endswith(provenance.weights_hash(load_encoder(run).encoder.backbone))
     assert str(run.parent) not in json.dumps(record)
+
+
+def test_a_file_of_another_program_tells_its_architecture_alone(exported: dict[str, Path], tmp_path: Path) -> None:
+    """The rest of its recipe is not known, and the usual values are not taken for it."""
+    export(str(exported["moco"]), tmp_path / "again.safetensors", "torchvision")
+    record = check(tmp_path / "again.safetensors")
+    assert record["recipe"] == {"arch": "resnet18", "width": 1, "small_stem": False, "dim": 16, "mlp": False}
+    assert record["encoder"] == check(exported["moco"])["encoder"]
+    assert record["step"] == 0 and record["data"] == ""
 
 
 def test_other_weights_under_the_same_record_are_noticed(exported: dict[str, Path], tmp_path: Path) -> None:
