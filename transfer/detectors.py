@@ -23,6 +23,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes, resize_keypoints
 from torchvision.models.resnet import ResNet
 from torchvision.ops import MultiScaleRoIAlign
@@ -122,6 +123,27 @@ class AntialiasedTransform(GeneralizedRCNNTransform):
         return image, target
 
 
+# --- corners in fp32 --------------------------------------------------------------------------------------------------
+# torchvision decodes boxes in the dtype of what predicts them. In bf16 the corners of a box would lie on multiples of 2
+# to 4 pixels.
+
+
+class ExactRPNHead(RPNHead):
+    """Its output in fp32, whatever the precision."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [one.float() for one in logits], [one.float() for one in deltas]
+
+
+class ExactPredictor(FastRCNNPredictor):
+    """Computed in fp32, whatever the precision: classes and corners of boxes."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return cast(tuple[Tensor, Tensor], super().forward(x.float()))
+
+
 # --- conv5 as the head of the boxes -----------------------------------------------------------------------------------
 
 
@@ -172,15 +194,20 @@ class Res5Maps(nn.Module):
         return head.maps[torch.cat(rows)]
 
 
+def _anchors() -> AnchorGenerator:
+    """Those of the bodies with one map: 15 at each place."""
+    return AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),))
+
+
 def _c4(net: ResNet, task: Task, labels: int, keypoints: int, common: dict[str, Any]) -> FasterRCNN:
     head = Res5Head(net.layer4)
     backbone = IntermediateLayerGetter(net, {"layer3": "0"})
     backbone.out_channels = width_of(net.layer3)
     pool = RememberingPool(["0"], output_size=14, sampling_ratio=0)
     common |= {
-        "rpn_anchor_generator": AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
+        "rpn_anchor_generator": _anchors(), "rpn_head": ExactRPNHead(backbone.out_channels, 15),
         "rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000,
-        "box_roi_pool": pool, "box_head": head, "box_predictor": FastRCNNPredictor(width_of(net.layer4), labels),
+        "box_roi_pool": pool, "box_head": head, "box_predictor": ExactPredictor(width_of(net.layer4), labels),
     }  # fmt: skip
     if task == "boxes":
         return FasterRCNN(backbone, **common)
@@ -212,12 +239,13 @@ def _dilated_c5(net: ResNet, task: Task, labels: int, keypoints: int, common: di
     backbone = DilatedC5(net)
     return FasterRCNN(
         backbone,
-        rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
+        rpn_anchor_generator=_anchors(),
+        rpn_head=ExactRPNHead(backbone.out_channels, 15),
         rpn_pre_nms_top_n_train=12000,
         rpn_pre_nms_top_n_test=6000,
         box_roi_pool=MultiScaleRoIAlign(["0"], output_size=7, sampling_ratio=0),
         box_head=TwoMLPHead(backbone.out_channels * 49, 1024),
-        box_predictor=FastRCNNPredictor(1024, labels),
+        box_predictor=ExactPredictor(1024, labels),
         **common,
     )
 
@@ -226,10 +254,13 @@ def _fpn(net: ResNet, task: Task, labels: int, keypoints: int, common: dict[str,
     stages = [net.layer1, net.layer2, net.layer3, net.layer4]
     layers = {f"layer{i + 1}": str(i) for i in range(4)}
     backbone = BackboneWithFPN(net, layers, [width_of(s) for s in stages], 256, norm_layer=nn.BatchNorm2d)
-    about = common | {"num_classes": labels, "rpn_post_nms_top_n_train": 1000}
+    about = common | {
+        "rpn_head": ExactRPNHead(256, 3), "box_predictor": ExactPredictor(1024, labels),
+        "rpn_post_nms_top_n_train": 1000,
+    }  # fmt: skip
     if task == "masks":
         head = MaskRCNNHeads(256, (256,) * 4, 1, norm_layer=nn.BatchNorm2d)
-        return MaskRCNN(backbone, mask_head=head, **about)
+        return MaskRCNN(backbone, mask_head=head, mask_predictor=MaskRCNNPredictor(256, 256, labels), **about)
     if task == "keypoints":
         head = MaskRCNNHeads(256, (512,) * 8, 1, norm_layer=nn.BatchNorm2d)  # the keypoint head, with batch norm
         return KeypointRCNN(backbone, keypoint_head=head, num_keypoints=keypoints, **about)

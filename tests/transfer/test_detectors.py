@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from model.encoders import Encoder, build_encoder
 from model.sync_batchnorm import SyncedBatchNorm
 from pipeline.pixels.views import mean_std
-from transfer.detectors import AntialiasedTransform, Res5Maps, build_detector, dilate, width_of
+from transfer.detectors import AntialiasedTransform, ExactPredictor, Res5Maps, build_detector, dilate, width_of
 
 CASES = [("c4", "boxes"), ("c4", "masks"), ("dilated_c5", "boxes"), ("fpn", "masks"), ("fpn", "keypoints")]
 
@@ -54,6 +54,19 @@ def test_every_layer_learns_and_every_batch_norm_is_synchronised(body: str, task
         found = net.eval()(example()[0])[0]
     shape = {"masks": (4, 1, 50, 70), "keypoints": (4, 3, 3)}
     assert found["boxes"].shape == (4, 4) and (task == "boxes" or found[task].shape == shape[task])
+
+
+def test_boxes_are_exact_in_bf16() -> None:
+    """In bf16 itself a corner at 300 could only be at 300 or 302."""
+    net = detector("c4", "masks")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = net.eval()(example()[0])[0]
+        features = net.backbone(torch.rand(1, 3, 64, 64))["0"]
+        assert features.dtype == torch.bfloat16
+        logits, deltas = net.rpn.head([features])
+    assert found["boxes"].dtype == found["scores"].dtype == logits[0].dtype == deltas[0].dtype == torch.float32
+    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
+    assert isinstance(detector("fpn", "boxes").roi_heads.box_predictor, ExactPredictor)
 
 
 def test_the_parts_of_resnet_50() -> None:
