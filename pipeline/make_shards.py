@@ -329,7 +329,7 @@ def main() -> None:
             "dedup_near",
             -1,
             "leave out images whose 64-bit perceptual hash is at most this many bits (0 to 3) from that of an earlier "
-            "one; takes 120 bytes of memory an image, and reads every image twice; -1: keep them",
+            "one; takes about 120 bytes of memory an image, and reads every image twice; -1: keep them",
         ),
         ("short_side", 0, "shrink images whose shorter side is longer than this many pixels; 0: none"),
         ("quality", 90, "JPEG quality of what is encoded again"),
