@@ -39,6 +39,8 @@ from transfer.load import CentralCrops  # noqa: E402
 
 ENDLESS = 1_000_000  # epochs
 LETTERS_SIDE, LETTERS_CROP, LETTERS_BATCH = 48, 0.3, 64  # as recipes/letters.yaml
+PARTS = ("loading", "loop", "letters")
+LOADERS = ("lightly", "ours")
 LOOP_STEPS = {"test_resnet": 2, "resnet18": 1}  # of a round, by encoder
 
 
@@ -132,87 +134,101 @@ def letters_knn(images: Path, shards: Path, epochs: int, seeds: int) -> dict[str
 
 
 def table(result: dict[str, Any]) -> str:
-    about, load, loop, knn = (result[name] for name in ("about", "loading", "loop", "letters"))
-    lines = [
-        "lightly's MoCo (examples/lightly_moco.py), fed by its own loader and by ours",
-        f"{about['cpu']}, {about['cores']} cores, load {about['load_before']} before and {about['load_after']} after; "
+    lines = ["lightly's MoCo (examples/lightly_moco.py), fed by its own loader and by ours"]
+    lines += [line for part in PARTS if part in result for line in ("", *shown(part, result[part]))]
+    return "\n".join(lines)
+
+
+def shown(part: str, found: dict[str, Any]) -> list[str]:
+    """The lines of one part."""
+    about = found["about"]
+    on = (
+        f"({about['cpu']}, {about['cores']} cores, load {about['load_before']} before and {about['load_after']} after, "
+        f"priority {about['nice']}; "
         f"Python {about['python']}, torch {about['torch']}, lightly {about['lightly']}, DALI {about['dali']}, "
-        f"{about['date']}",
-        "",
-        f"loading alone: two 224 x 224 views, {about['photographs']} photographs, 2 workers or threads, batch "
-        f"{about['batch_size']}, {about['rounds']} interleaved rounds of {about['seconds']:g} s",
-        f"{'':10s} {'images/s':>9s} {'range':>13s} {'CPU ms/image':>13s}",
-    ]
-    for name in ("lightly", "ours"):
-        low, high = load[name]["range"]
-        shown = f"{low:.0f}-{high:.0f}"
-        lines.append(
-            f"{name:10s} {load[name]['images_per_second']:9.0f} {shown:>13s} {load[name]['cpu_ms_per_image']:13.2f}"
-        )
-    lines.append(f"ours: {load['times_as_fast']} times as fast, {load['times_less_cpu']} times less processor time")
-    loop_of = f"{about['loop_rounds']} interleaved rounds"
-    lines += [
-        "",
-        f"whole loop on the same photographs, images/s, one thread, {loop_of}",
-        f"{'encoder':12s} {'lightly':>9s} {'ours':>9s}",
-    ]
-    lines += [f"{arch:12s} {rates['lightly']:9.1f} {rates['ours']:9.1f}" for arch, rates in loop.items()]
-    lines += [
-        "",
-        f"kNN on {knn['val']} pages of letters after {knn['epochs']} epochs of {knn['train']}, {knn['seeds']} seeds, "
-        "test_resnet",
+        f"{about['date']})"
+    )
+    photographs = f"{about['photographs']} photographs, batch {about['batch_size']}"
+    if part == "loading":
+        lines = [
+            f"loading alone: two 224 x 224 views, {photographs}, 2 workers or threads, {about['rounds']} interleaved "
+            f"rounds of {about['seconds']:g} s",
+            on,
+            f"{'':10s} {'images/s':>9s} {'range':>13s} {'CPU ms/image':>13s}",
+        ]
+        for name in LOADERS:
+            low, high = found[name]["range"]
+            rate, used = found[name]["images_per_second"], found[name]["cpu_ms_per_image"]
+            lines.append(f"{name:10s} {rate:9.0f} {f'{low:.0f}-{high:.0f}':>13s} {used:13.2f}")
+        times = f"{found['times_as_fast']} times as fast, {found['times_less_cpu']} times less processor time an image"
+        return [*lines, f"ours: {times}"]
+    if part == "loop":
+        lines = [f"whole loop on {photographs}, one thread for the encoder, {about['rounds']} interleaved rounds", on]
+        lines.append(f"{'images/s':12s} {'lightly':>9s} {'ours':>9s}")
+        return lines + [f"{arch:12s} {found[arch]['lightly']:9.1f} {found[arch]['ours']:9.1f}" for arch in LOOP_STEPS]
+    lines = [
+        f"kNN on {found['val']} pages of letters after {found['epochs']} epochs of {found['train']}, {found['seeds']} "
+        "seeds, test_resnet",
+        on,
         f"{'':10s} {'mean':>7s}  {'each seed':28s} seconds of training",
     ]
-    for name, values in knn["knn"].items():
+    for name, values in found["knn"].items():
         each = "  ".join(f"{value:.1%}" for value in values)
-        spent = "  ".join(f"{s:.0f}" for s in knn["training_seconds"].get(name, []))
-        lines.append(f"{name:10s} {knn['mean'][name]:7.1%}  {each:28s} {spent}".rstrip())
-    verdict = "within" if knn["within"] else "NOT within"
-    lines.append(
-        f"the means are {knn['means_apart']:.1%} apart, {verdict} the seeds' spread of {knn['spread_of_seeds']:.1%}"
-    )
-    return "\n".join(lines)
+        spent = "  ".join(f"{s:.0f}" for s in found["training_seconds"].get(name, []))
+        lines.append(f"{name:10s} {found['mean'][name]:7.1%}  {each:28s} {spent}".rstrip())
+    verdict = "within" if found["within"] else "NOT within"
+    apart, spread = f"{found['means_apart']:.1%}", f"{found['spread_of_seeds']:.1%}"
+    return [*lines, f"the means are {apart} apart, {verdict} the seeds' spread of {spread}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--images", type=Path, required=True, help="a folder of photographs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="those to measure now")
     parser.add_argument("--batch_size", type=int, default=64, help="photographs in a batch")
-    parser.add_argument("--rounds", type=int, default=5, help="of loading alone")
-    parser.add_argument("--loop_rounds", type=int, default=3, help="of the whole loop")
+    parser.add_argument("--rounds", type=int, default=5, help="of loading alone, and of the whole loop")
     parser.add_argument("--seconds", type=float, default=4.0, help="timed per loader and round, at least")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the letters")
     parser.add_argument("--seeds", type=int, default=3, help="trainings with each loader")
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.txt and OUTPUT.json")
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.txt and OUTPUT.json; parts that are there stay")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the other core loads
-    before = round(os.getloadavg()[0], 1)
+    written = args.output.with_suffix(".json") if args.output else None
+    result: dict[str, Any] = json.loads(written.read_text()) if written and written.exists() else {}
     with tempfile.TemporaryDirectory(prefix="lightly_loader-") as name:
         folder = Path(name)
         run("pipeline/make_shards.py", args.images, folder / "photos", "--labels", "none")
-        run("benchmarks/letters.py", folder / "letters")
-        for split in ("train", "val"):
-            run("pipeline/make_shards.py", folder / "letters" / split, folder / "pages" / split)
-        streams = photograph_streams(args.images, folder / "photos", args.batch_size)
-        result: dict[str, Any] = {"loading": loading(streams, args.rounds, args.seconds)}
-        result["loop"] = whole_loop(streams, args.loop_rounds, args.batch_size)
-        for batches in streams.values():
-            batches.close()  # type: ignore[attr-defined]
-        result["letters"] = letters_knn(folder / "letters", folder / "pages", args.epochs, args.seeds)
         photographs = open_source(str(folder / "photos"), progress=False).samples
-    result["about"] = {
-        "cpu": processor(), "cores": os.cpu_count(), "load_before": before, "load_after": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(), "torch": torch.__version__, "lightly": lightly.__version__,
-        "dali": dali.__version__, "date": time.strftime("%Y-%m-%d"), "photographs": photographs,
-        "batch_size": args.batch_size, "rounds": args.rounds, "seconds": args.seconds, "loop_rounds": args.loop_rounds,
-    }  # fmt: skip
-    report = table(result)
-    print(report)
+        if "letters" in args.parts:
+            run("benchmarks/letters.py", folder / "letters")
+            for split in ("train", "val"):
+                run("pipeline/make_shards.py", folder / "letters" / split, folder / "pages" / split)
+        for part in args.parts:
+            before = round(os.getloadavg()[0], 1)
+            if part == "letters":
+                found = letters_knn(folder / "letters", folder / "pages", args.epochs, args.seeds)
+            else:
+                streams = photograph_streams(args.images, folder / "photos", args.batch_size)
+                if part == "loading":
+                    found = loading(streams, args.rounds, args.seconds)
+                else:
+                    found = whole_loop(streams, args.rounds, args.batch_size)
+                for batches in streams.values():
+                    batches.close()  # type: ignore[attr-defined]
+            found["about"] = {
+                "cpu": processor(), "cores": os.cpu_count(), "load_before": before,
+                "load_after": round(os.getloadavg()[0], 1), "python": platform.python_version(),
+                "torch": torch.__version__, "lightly": lightly.__version__, "dali": dali.__version__,
+                "date": time.strftime("%Y-%m-%d"), "photographs": photographs, "batch_size": args.batch_size,
+                "rounds": args.rounds, "seconds": args.seconds, "nice": os.nice(0),
+            }  # fmt: skip
+            result[part] = found
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.with_suffix(".txt").write_text(table(result) + "\n")
+                args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
     print(json.dumps(result))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".txt").write_text(report + "\n")
-        args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
