@@ -96,40 +96,46 @@ def whole_loop(streams: dict[str, Pairs], rounds: int, batch_size: int) -> dict[
     return found
 
 
-def letters_knn(images: Path, shards: Path, epochs: int, seeds: int) -> dict[str, Any]:
-    train_source, val_source = (open_source(str(shards / split)) for split in ("train", "val"))
-    crops = CentralCrops(LETTERS_SIDE, CIFAR, num_threads=2)
-    ours = {"views": "cifar", "image_size": LETTERS_SIDE, "crop_min": LETTERS_CROP}
+def one_training(loader: str, folder: Path, epochs: int, seed: int) -> dict[str, float]:
+    """Trains on the letters in `folder` with one of the loaders, or not at all, and judges: kNN, and seconds."""
+    train_source, val_source = (open_source(str(folder / "pages" / split)) for split in ("train", "val"))
+    how: dict[str, Any] = {"epochs": epochs, "batch_size": LETTERS_BATCH, "workers": 2, "seed": seed}
     theirs: dict[str, Any] = {"input_size": LETTERS_SIDE, "min_scale": LETTERS_CROP, "gaussian_blur": 0.0}
     theirs["normalize"] = dict(zip(("mean", "std"), map(list, CIFAR)))
-    accuracy: dict[str, list[float]] = {"lightly": [], "ours": [], "untrained": []}
-    seconds: dict[str, list[float]] = {"lightly": [], "ours": []}
+    ours = {"views": "cifar", "image_size": LETTERS_SIDE, "crop_min": LETTERS_CROP}
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    if loader == "lightly":
+        batches = lightly_batches(str(folder / "letters" / "train"), **how, views=theirs)
+    else:
+        batches = our_batches(str(folder / "pages" / "train"), **how, views=ours)
+    model = MoCo("test_resnet") if loader == "untrained" else train(batches, "test_resnet", lr=0.06, queue=256)[0]
+    seconds = time.perf_counter() - began
+    crops = CentralCrops(LETTERS_SIDE, CIFAR, num_threads=2)
+    knn = evaluate(model.backbone.eval(), train_source, val_source, crops)["knn"]
+    return {"knn": round(float(knn), 4), "seconds": round(seconds, 1)}
 
-    def judged(model: MoCo) -> float:
-        return float(evaluate(model.backbone.eval(), train_source, val_source, crops)["knn"])
 
+def letters_knn(folder: Path, epochs: int, seeds: int) -> dict[str, Any]:
+    """Each training in a process of its own: lightly's workers are forked, which a process must not do whose threads
+    are at work already."""
+    found: dict[str, list[dict[str, float]]] = {"lightly": [], "ours": [], "untrained": []}
     for seed in range(seeds):
-        how: dict[str, Any] = {"epochs": epochs, "batch_size": LETTERS_BATCH, "workers": 2, "seed": seed}
-        for name in seconds:
-            if name == "ours":
-                batches = our_batches(str(shards / "train"), **how, views=ours)
-            else:
-                batches = lightly_batches(str(images / "train"), **how, views=theirs)
-            torch.manual_seed(seed)
-            began = time.perf_counter()
-            model, _ = train(batches, "test_resnet", lr=0.06, queue=256)
-            seconds[name].append(round(time.perf_counter() - began, 1))
-            accuracy[name].append(round(judged(model), 4))
-            print(f"seed {seed}  {name:8s} kNN {accuracy[name][-1]:.1%}  {seconds[name][-1]:.0f} s", flush=True)
-        torch.manual_seed(seed)
-        accuracy["untrained"].append(round(judged(MoCo("test_resnet")), 4))
+        for name, values in found.items():
+            command = [sys.executable, __file__, "--one", name, str(folder), str(epochs), str(seed)]
+            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            values.append(json.loads(lines[-1]))
+            print(f"seed {seed}  {name:9s} kNN {values[-1]['knn']:.1%}  {values[-1]['seconds']:.0f} s", flush=True)
+    accuracy = {name: [value["knn"] for value in values] for name, values in found.items()}
     means = {name: statistics.mean(values) for name, values in accuracy.items()}
-    spread = max(max(accuracy[name]) - min(accuracy[name]) for name in seconds)
+    spread = max(max(accuracy[name]) - min(accuracy[name]) for name in LOADERS)
     apart = abs(means["ours"] - means["lightly"])
+    samples = {split: open_source(str(folder / "pages" / split), progress=False).samples for split in ("train", "val")}
     return {
-        "knn": accuracy, "mean": {n: round(m, 4) for n, m in means.items()}, "training_seconds": seconds,
+        "knn": accuracy, "mean": {n: round(m, 4) for n, m in means.items()},
+        "training_seconds": {name: [value["seconds"] for value in found[name]] for name in LOADERS},
         "means_apart": round(apart, 4), "spread_of_seeds": round(spread, 4), "within": apart <= spread,
-        "epochs": epochs, "seeds": seeds, "train": train_source.samples, "val": val_source.samples,
+        "epochs": epochs, "seeds": seeds, **samples,
     }  # fmt: skip
 
 
@@ -206,7 +212,7 @@ def main() -> None:
         for part in args.parts:
             before = round(os.getloadavg()[0], 1)
             if part == "letters":
-                found = letters_knn(folder / "letters", folder / "pages", args.epochs, args.seeds)
+                found = letters_knn(folder, args.epochs, args.seeds)
             else:
                 streams = photograph_streams(args.images, folder / "photos", args.batch_size)
                 if part == "loading":
@@ -232,4 +238,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:  # a training of `letters_knn`
+        torch.set_num_threads(1)
+        print(json.dumps(one_training(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))))
+    else:
+        main()
