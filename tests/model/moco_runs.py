@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import sync_runs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -202,6 +203,7 @@ def work(rank: int, world: int, port: int, output: str) -> None:
         "non_finite": enqueue_non_finite(rank, world),
         "check": check_that_fails(rank, world),
         "gather_gradient": gather_gradient(rank, world),
+        "synchronised": sync_runs.of_rank(rank) if world == 2 else None,
     }
     results: list[Any] = [None] * world
     dist.all_gather_object(results, result)

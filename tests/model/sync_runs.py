@@ -1,15 +1,9 @@
-"""A rank of test_sync_batchnorm: its part of a batch through synchronised batch norm, printed as JSON by rank 0."""
-
-import json
-import os
-import sys
+"""One rank of test_sync_batchnorm: its part of a batch through synchronised batch norm, as moco_runs.py calls it."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.ranks import gather_rows
 from model.sync_batchnorm import precise_statistics, synchronise
 
 PARTS = ((3, 5), (4, 4), (8, 0))  # images of each rank, one step after another
@@ -50,20 +44,7 @@ def after_steps(model: nn.Module, parts: list[tuple[int, int]], share: float) ->
             "precise": torch.cat(precise).tolist(), "outputs": out.flatten().tolist()}  # fmt: skip
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def of_rank(rank: int) -> dict[str, list[float]]:
+    """This rank's results, of two ranks."""
     parts = [(0, a) if rank == 0 else (a, a + b) for a, b in PARTS]
-    model = synchronise(net())
-    if "plain" in sys.argv:
-        model = net()
-    found = after_steps(DistributedDataParallel(model), parts, 2.0)
-    same = gather_rows(torch.tensor(found["statistics"])[None])
-    if rank == 0:
-        print(json.dumps(found | {"alike": bool((same[0] == same[1]).all())}))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    assert "RANK" in os.environ
-    main()
+    return after_steps(DistributedDataParallel(synchronise(net())), parts, 2.0)

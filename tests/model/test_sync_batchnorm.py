@@ -1,26 +1,23 @@
 """Synchronised batch norm: two ranks equal one process with the whole batch, and precise statistics are means."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
+from moco_runs import of_ranks
 from sync_runs import PARTS, after_steps, images, net
 from torch import nn
 
 from model.sync_batchnorm import SyncedBatchNorm, precise_statistics, synchronise
 
-SCRIPT = Path(__file__).parent / "sync_runs.py"
 
-
-def test_two_ranks_equal_one_with_the_whole_batch(run_ranks: Callable[..., str]) -> None:
+@pytest.mark.process
+@pytest.mark.slow
+def test_two_ranks_equal_one_with_the_whole_batch() -> None:
     """Parts of unlike sizes, one of them empty: gradients, statistics, precise statistics, outputs."""
-    two = json.loads(run_ranks(2, SCRIPT, PYTHONPATH=str(Path.cwd())).splitlines()[-1])
+    first, second = (rank["synchronised"] for rank in of_ranks(2))
     one = after_steps(net(), [(0, 8)] * len(PARTS), 1.0)  # torch's own batch norm
-    assert two["alike"]
     for name in ("gradients", "statistics", "precise", "outputs"):  # rank 0 has the whole batch in the last step
-        assert two[name] == pytest.approx(one[name], rel=2e-4, abs=2e-5), name
+        assert first[name] == pytest.approx(one[name], rel=2e-4, abs=2e-5), name
+    assert first["statistics"] == second["statistics"] and first["precise"] == second["precise"]
 
 
 def test_alone_it_is_torchs_own_and_keeps_the_names() -> None:
