@@ -101,8 +101,7 @@ def starts_of(args: Namespace) -> list[Start]:
     for run in args.runs:
         loaded = load_encoder(run, image_size=size)
         size = size or loaded.image_size  # all of them are fed alike
-        at = f", step {loaded.step}" if loaded.is_run else ""
-        rows.append(Start(f"{run}{at}", run, loaded))
+        rows.append(Start(name_of(run, loaded), run, loaded))
     first = rows[0]
     before = []
     if not args.no_random:
@@ -110,6 +109,14 @@ def starts_of(args: Namespace) -> list[Start]:
     if args.pixels:
         before.append(Start("raw pixels", first.run, first.loaded, pixels=True))
     return before + rows
+
+
+def name_of(run: str, loaded: LoadedEncoder) -> str:
+    """The run and its step, also for a checkpoint in it; a file's own name."""
+    if not loaded.is_run:
+        return Path(run).name
+    place = run if is_remote(run) or Path(run).parent.name != "checkpoints" else str(Path(run).parent.parent)
+    return f"{place}, step {loaded.step}"
 
 
 def known_of(start: Start, output: Path) -> list[Entry]:

@@ -114,11 +114,12 @@ def draw_comparison(content: dict[str, Any], path: Path) -> None:
         spreads = [100 * (cell["spread"] or 0.0) if cell else 0.0 for cell in cells]
         colours = ["#2a6f97" if row["start"] == "trained" else "#a9b4bf" for row in rows]
         axes.barh(range(len(rows)), means, xerr=spreads, color=colours, ecolor="#1f2933", capsize=2)
-        for at, (mean, cell) in enumerate(zip(means, cells)):
-            axes.annotate(figure(cell), (mean, at), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks(range(len(rows)), [str(row["name"])[-34:] for row in rows], fontsize=8)
+        for at, (end, cell) in enumerate(zip(map(sum, zip(means, spreads)), cells)):
+            axes.annotate(figure(cell), (end, at), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+        leftmost = (i - 1) % columns == 0
+        axes.set_yticks(range(len(rows)), [str(row["name"])[-34:] if leftmost else "" for row in rows], fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.3 * max([*means, 1.0]))
+        axes.set_xlim(0, 1.45 * max([*means, 1.0]))
         axes.set_title(f"{title}, %", fontsize=10, loc="left")
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
