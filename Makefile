@@ -36,10 +36,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The fast lane while working: everything but the tests that start processes. One thread for each of the two
-# workers: with more, they wait for each other's threads.
+# The fast lane while working: everything but the tests that start processes or take long. One thread for each of the
+# two workers: with more, they wait for each other's threads.
 check: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not process" --hypothesis-profile check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training import Runs
 
 hypothesis.settings.register_profile("whole", max_examples=60, deadline=None)
-hypothesis.settings.register_profile("check", max_examples=10, deadline=None)  # make check
+hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)
 hypothesis.settings.load_profile("whole")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -36,10 +36,28 @@ PROCESS_FIXTURES = {"run_ranks", "runs", "serve"}
 _guarded = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="what `make check` runs: no test that starts processes or is marked slow, fewer examples of hypothesis, "
+        "and encoders whose first weights come from numbers drawn once",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        hypothesis.settings.load_profile("fast")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
+    if config.getoption("--fast"):
+        left_out = [item for item in items if item.get_closest_marker("process") or item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_collection_finish() -> None:
@@ -114,14 +132,11 @@ def from_block(usual: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
     return begin
 
 
-@pytest.fixture(autouse=True)
-def weights_from_a_block(request: pytest.FixtureRequest) -> Iterator[None]:
+@contextlib.contextmanager
+def weights_from_a_block() -> Iterator[None]:
     """Large layers begin with numbers from a block, at a place that the seed decides: to draw eleven million for each
-    of two hundred encoders took a fifth of `make check`. Not where the numbers themselves are tested (mark `initial`),
-    nor in tests that start processes, which draw their own."""
-    if "torch" not in sys.modules or {"process", "initial"} & set(request.keywords):
-        yield
-        return
+    of two hundred encoders took a fifth of `make check`. Not where the numbers themselves are tested (mark `initial`).
+    """
     from torch.nn import init
 
     with pytest.MonkeyPatch.context() as patch:

@@ -21,6 +21,7 @@ def example(name: str) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_own_loop_ends_and_goes_on(shards_dir: Path, tmp_path: Path) -> None:
     own_loop, small = example("own_loop"), {"batch_size": 30, "image_size": 32}
     torch.manual_seed(0)

@@ -337,6 +337,7 @@ def pairs(count: int) -> list[tuple[Tensor, Tensor]]:
     return [tuple(torch.randn(2, 8, 3, 32, 32, generator=generator)) for _ in range(count)]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp", [False, True])
 def test_training_goes_from_the_reference_to_us_and_back(tmp_path: Path, mlp: bool) -> None:
     """Two steps there, two here, one there: the losses are those of five steps there, but for rounding here, and for

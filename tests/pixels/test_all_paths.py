@@ -195,6 +195,7 @@ def compare_all_paths(
     return faults
 
 
+@pytest.mark.slow
 def test_known_images_and_what_must_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The other turns are known from test_decode.py.
     files = [File(name, *known) for name, known in known_images().items() if name[:8] not in OTHER_TURNS]

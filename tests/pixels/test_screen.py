@@ -62,6 +62,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_troublesome_files(troublesome: list[Path]) -> None:
     """All of them: those that Pillow can decode come out of DALI with Pillow's pixels, the others are bad."""
     with (troublesome[0].parent.parent / "MANIFEST.tsv").open() as table:

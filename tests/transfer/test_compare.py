@@ -45,6 +45,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return answer | {"noted": "no ledger has a figure of protocol 'detect' for random" in said.err}
 
 
+@pytest.mark.slow
 def test_judged_once(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--protocols knn,linear,logistic,finetune,detect --pixels --k 5 --seeds 2 --linear_epochs 2 "
     flags += "--linear_lr [0.1,1] --finetune_epochs 1 --finetune_lr 0.02"

@@ -58,6 +58,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_it_comes_to_the_same_end(drawn: Annotated, tmp_path: Path) -> None:
     """Losses, weights and average precision, to the bit; the sampled boxes are drawn on where they were."""
     step, figures = run(drawn, tmp_path / "whole", SMALL)
@@ -76,6 +77,7 @@ def test_stopped_and_continued_it_comes_to_the_same_end(drawn: Annotated, tmp_pa
         run(drawn, tmp_path / "cut", replace(SMALL, rois=4))
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_drawn(drawn: Annotated, tmp_path: Path) -> None:
     """Red, green and blue rectangles, overfitted: chance would be a few per cent."""
     schedule = replace(SMALL.schedule, iterations=100, lr=0.02, decay_at=(0.8,), warmup=5)

@@ -38,6 +38,7 @@ def example() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
     return images, targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("body", "task"), CASES)
 def test_every_layer_learns_and_every_batch_norm_is_synchronised(body: str, task: str) -> None:
     net = detector(body, task)

@@ -90,6 +90,7 @@ def test_views_are_those_of_training(run_folder: Path, shards_dir: Path, tmp_pat
     assert not np.allclose(found.views[:, 1], found.views[:, 2])
 
 
+@pytest.mark.slow
 def test_a_killed_one_goes_on(
     run_folder: Path, shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -362,6 +362,7 @@ def test_a_folder_at_a_url(run: Path) -> None:
         export(str(run), "memory://exports/timm", "timm")
 
 
+@pytest.mark.slow
 def test_onnx_with_a_classifier(tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     run = parity.make_run(tmp_path / "run", "timm:test_resnet", SIZE, pictures)

@@ -147,6 +147,7 @@ def test_the_reference_schedule() -> None:
     assert factors == pytest.approx([1.0] * 60 + [0.1] * 20 + [0.01] * 20)  # main_lincls.py: 60 and 80 of 100 epochs
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(
     sources: tuple[Source, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def test_the_fcn_of_the_appendix() -> None:
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_a_training_learns_and_goes_on_where_it_stopped(drawn: ClassMaps, tmp_path: Path) -> None:
     step, figures = run(drawn, tmp_path / "whole", SMALL)
     assert step == 4 and run(drawn, tmp_path / "cut", SMALL, stop=2) == (2, {})

@@ -81,6 +81,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_saves_and_goes_on_to_the_same_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, alone = tmp_path / "whole", tmp_path / "cut"
     assert run(whole)[0] == TOTAL
