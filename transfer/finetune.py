@@ -228,12 +228,12 @@ def main(args: Namespace) -> None:
         if at.ranks.rank == 0:
             warn_of_overlap(source, val)
         for fraction in fractions:
-            folder = at.folder if len(fractions) == 1 else at.folder / f"fraction_{fraction:g}"
-            here, this = replace(at, folder=folder), replace(how, fraction=fraction)
+            name = "" if len(fractions) == 1 else f"fraction_{fraction:g}/"
+            here, this = replace(at, folder=at.folder / name), replace(how, fraction=fraction)
             found = finetune(loaded, source, val, here, this, **watched, progress=True)
             if found is None:  # told to stop
                 break
-            rows.append({"fraction": fraction} | found | {"model": str(folder / MODEL)})
+            rows.append({"fraction": fraction} | found | {"model": files.join(out, name + MODEL)})
             if at.ranks.rank == 0:
                 settings = settings_of(loaded, source, val, this)
                 ledger.record(ledger.entry("finetune", settings, found, **ledger.judged(loaded)), args.run, out)
