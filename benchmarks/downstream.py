@@ -49,6 +49,10 @@ def main() -> None:
     wanted = args.only or [*NAMES, "full_size"]
     path = args.output.with_suffix(".json")
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    sys.path.insert(0, str(REPOSITORY))
+    from benchmarks.hardware import hardware  # torch takes seconds
+
+    results["hardware"] = hardware("cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -101,7 +105,7 @@ def trained(name: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
     command += ["--train_set", sets, "--val_set", sets]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = last_object(command)
+    found = {key: value for key, value in last_object(command).items() if key not in ("run", "out")}
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     picture = next(out.glob("[ds]e*ion*.png"))
     shutil.copyfile(picture, args.output.with_name(f"{args.output.name}_{name}.png"))
@@ -258,7 +262,9 @@ def full_size_step(name: str) -> dict[str, Any]:
 
 
 def as_text(results: dict[str, Any]) -> str:
-    lines = ["detectors and the FCN on a CPU: python benchmarks/downstream.py (see its head)", ""]
+    lines = ["detectors and the FCN on a CPU: python benchmarks/downstream.py (see its head)"]
+    facts = results["hardware"]
+    lines += [f"{facts['cpu_cores']} cores, Python {facts['python']}, torch {facts['torch']}", ""]
     for name in NAMES:
         if (one := results.get(name)) is not None:
             flags = " ".join(f"{k} {v}" for k, v in one["flags"].items() if k in ("short_side", "iterations", "rois"))

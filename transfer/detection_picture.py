@@ -16,7 +16,7 @@ from transfer.detection_data import Annotated, masks_of, read_image
 ROWS = 6
 SIDE = 480  # pixels: the longer side of an image in the picture
 GAP = 8
-SHOWN = 0.5  # score from which on a detection is drawn; the three best of an image always are
+SHOWN = 0.5  # score from which on a detection is drawn; the best of an image always is
 COLOURS = ("#e03131", "#1971c2", "#2f9e44", "#f08c00", "#9c36b5", "#0c8599", "#c2255c", "#5c940d")
 
 
@@ -28,7 +28,7 @@ def draw_detections(data: Annotated, found: Sequence[dict[str, Any]], output: Pa
         about = data.images[item]
         image = torch.from_numpy(read_image(data.files[item], about["width"], about["height"]).copy()).permute(2, 0, 1)
         ours = sorted((f for f in found if f["image_id"] == about["id"]), key=lambda f: -f["score"])
-        ours = [f for i, f in enumerate(ours) if i < 3 or f["score"] >= SHOWN]
+        ours = [f for i, f in enumerate(ours) if i < 1 or f["score"] >= SHOWN]
         rows.append((drawn(image, data.objects[item], data, task), drawn(image, ours, data, task)))
     save_rows(rows, output)
 
