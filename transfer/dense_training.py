@@ -82,10 +82,10 @@ def training_arguments(args: Namespace) -> dict[str, Any]:
     return {name: args[name] for name in ("precision", "evaluate_every", "save_every", "log_every")}
 
 
-def load_start(args: Namespace) -> LoadedEncoder:
-    """The encoder that `--run` names. Errors as `load_encoder`."""
+def load_start(args: Namespace, *, says: bool = True) -> LoadedEncoder:
+    """The encoder that `--run` names. says: a note of what is taken for granted. Errors as `load_encoder`."""
     loaded = load_encoder(args.run, **encoder_arguments(args), feeds_images=False)
-    if not loaded.is_run and args.mean is None:
+    if says and not loaded.is_run and args.mean is None:
         usual = "CIFAR-10's" if loaded.recipe.small_stem else "ImageNet's"
         said = f"note: {loaded.name} does not say how its images were fed; taken: {usual} mean and std (--mean --std)"
         print(said, file=sys.stderr)

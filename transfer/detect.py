@@ -255,7 +255,7 @@ def main(args: Namespace) -> None:
     with session(out, hang_seconds=args.hang_seconds) as at:
         data = [open_annotated(args.data, names) for names in (args.train_set, args.val_set)]
         train_data, val_data = (d.first(args.images) if args.images else d for d in data)
-        loaded = load_start(args)
+        loaded = load_start(args, says=at.ranks.rank == 0)
         how = training_arguments(args)
         step, figures = detect(loaded, train_data, val_data, at, protocol, num_threads=args.num_threads, **how)
         if at.ranks.rank == 0 and step == args.iterations:

@@ -241,7 +241,7 @@ def main(args: Namespace) -> None:
         data = [open_class_maps(Path(args.data), sets, masks=args.masks) for sets in (args.train_set, args.val_set)]
         train_data, val_data = (d.first(args.images) if args.images else d for d in data)
         how = training_arguments(args)
-        loaded = load_start(args)
+        loaded = load_start(args, says=at.ranks.rank == 0)
         step, figures = segment(loaded, train_data, val_data, at, protocol, num_threads=args.num_threads, **how)
         if at.ranks.rank == 0 and step == args.iterations:
             settings = settings_of("segment", loaded, train_data, val_data, protocol)
