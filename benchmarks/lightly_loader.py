@@ -149,8 +149,7 @@ def shown(part: str, found: dict[str, Any]) -> list[str]:
     """The lines of one part."""
     about = found["about"]
     on = (
-        f"({about['cpu']}, {about['cores']} cores, load {about['load_before']} before and {about['load_after']} after, "
-        f"priority {about['nice']}; "
+        f"({about['cpu']}, {about['cores']} cores, load {about['load_before']} before and {about['load_after']} after; "
         f"Python {about['python']}, torch {about['torch']}, lightly {about['lightly']}, DALI {about['dali']}, "
         f"{about['date']})"
     )
@@ -226,7 +225,7 @@ def main() -> None:
                 "load_after": round(os.getloadavg()[0], 1), "python": platform.python_version(),
                 "torch": torch.__version__, "lightly": lightly.__version__, "dali": dali.__version__,
                 "date": time.strftime("%Y-%m-%d"), "photographs": photographs, "batch_size": args.batch_size,
-                "rounds": args.rounds, "seconds": args.seconds, "nice": os.nice(0),
+                "rounds": args.rounds, "seconds": args.seconds,
             }  # fmt: skip
             result[part] = found
             if args.output:
