@@ -105,7 +105,7 @@ def _rank(work: Callable[..., None], rank: int, ranks: int, port: int, log: Path
 
 
 def stand_in(checkout: Path) -> None:
-    """Makes the checkout importable, and run here, as the top of against_reference.py says. For a process of its own."""
+    """Makes the checkout importable and able to run here, as against_reference.py tells. For a process of its own."""
     view = torch.Tensor.view
 
     def identity(self: Any, *arguments: Any, **options: Any) -> Any:
