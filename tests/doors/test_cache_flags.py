@@ -24,8 +24,9 @@ from pipeline.sources.opening import open_source
 from recipe import Recipe
 
 COMMANDS = (
-    "pipeline.loader", "pipeline.manifest", "pipeline.order", "pipeline.preview", "transfer.embed", "transfer.gallery",
-    "transfer.knn", "transfer.linear", "transfer.neighbours", "transfer.report",
+    "pipeline.loader", "pipeline.manifest", "pipeline.order", "pipeline.preview", "pipeline.statistics",
+    "transfer.compare", "transfer.embed", "transfer.finetune", "transfer.gallery", "transfer.knn", "transfer.linear",
+    "transfer.neighbours", "transfer.report",
 )  # fmt: skip
 OPENED_BY = {
     "trainer/build.py": "the recipe has both as fields",
