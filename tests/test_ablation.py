@@ -59,6 +59,7 @@ def test_plan_is_complete_and_shares_runs() -> None:
     assert len({p.name for p in plans}) == len(plans)
 
 
+@pytest.mark.slow
 def test_draw(tmp_path: Path) -> None:
     results = [
         {

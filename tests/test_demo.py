@@ -39,6 +39,7 @@ def test_every_page_is_full_and_another_one() -> None:
     assert abs(alike[~np.eye(50, dtype=bool)].mean()) < 0.1  # pages of one letter are hardly more alike than noise
 
 
+@pytest.mark.slow
 def test_the_folder_holds_the_same_pages_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(letters, "FONTS", letters.FONTS[:1])
     for name in ("one", "other"):

@@ -296,6 +296,7 @@ def test_mixture(shards_dir: Path) -> None:
     resumed.close()
 
 
+@pytest.mark.slow
 def test_the_bottleneck_is_named(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Loader(source, **SMALL)
     take(loader, 3)

@@ -34,6 +34,7 @@ def test_own_loop_ends_and_goes_on(shards_dir: Path, tmp_path: Path) -> None:
     assert own_loop.train(str(shards_dir), tmp_path / "own.pt", epochs=2, **small) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["ours", "lightly"])
 def test_lightly_moco_trains_with_either_loader(loader: str, image_folder: Path, shards_dir: Path) -> None:
     moco = pytest.importorskip("lightly") and example("lightly_moco")

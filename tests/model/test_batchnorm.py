@@ -33,6 +33,7 @@ def separate(norm: nn.BatchNorm2d, images: Tensor, groups: int) -> tuple[Tensor,
     return out, mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "compiled"), [(1, False), (2, False), (8, False), (4, True)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_split_is_separate_batchnorms(groups: int, compiled: bool, layout: torch.memory_format) -> None:

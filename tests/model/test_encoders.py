@@ -53,6 +53,7 @@ def test_initialisation_is_torchvisions_rule_for_replaced_layers_too() -> None:
             assert torch.all(p == (0 if name.endswith("bias") else 1)), name
 
 
+@pytest.mark.slow
 def test_widths_multiply_everywhere() -> None:
     encoder = build_encoder("resnet50", width=2, small_stem=True, dim=16)
     assert encoder.features == 4096
@@ -86,6 +87,7 @@ def test_heads(mlp: bool, names: list[str]) -> None:
     assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, 32)
 
 
+@pytest.mark.slow
 def test_every_known_arch_builds() -> None:
     for arch in RESNETS:
         with torch.device("meta"):

@@ -103,6 +103,7 @@ def test_reads_a_backbone_without_head_and_without_step_counts(tmp_path: Path, p
     assert torch.equal(encoder.eval().backbone(images), net.eval()(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "width", "small_stem"),
     [
@@ -137,6 +138,7 @@ def run(seed: int, dim: int = 16) -> tuple[Encoder, MoCo]:
     return encoder, MoCo(encoder, dim=dim, queue_size=QUEUE, temperature=0.2)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_file(tmp_path: Path) -> None:
     """Written by one run and continued by another: both encoders, queue and pointer to the bit."""
     encoder, moco = run(0)
@@ -163,6 +165,7 @@ def test_a_run_goes_on_from_a_stripped_file(tmp_path: Path) -> None:
     assert torch.equal(moco.queue, queue) and int(moco.queue_filled) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp", [False, True])
 def test_the_references_linear_evaluation_takes_our_file(tmp_path: Path, mlp: bool) -> None:
     """Its loader keeps `module.encoder_q.*` but for `module.encoder_q.fc*`, drops all else, and loads the rest into
@@ -372,6 +375,7 @@ def test_training_goes_from_the_reference_to_us_and_back(tmp_path: Path, mlp: bo
     assert [last.step(*pair) for pair in data[4:]] == pytest.approx(losses[4:], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_file_whose_optimiser_is_another_one(tmp_path: Path) -> None:
     encoder, moco = run(0)
     adam = torch.optim.Adam(encoder.parameters())

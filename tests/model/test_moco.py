@@ -211,6 +211,7 @@ def test_state_survives_a_file_and_training_goes_on_to_the_bit() -> None:
     assert torch.equal(parts[1].queue, resumed[1].queue)
 
 
+@pytest.mark.slow
 @pytest.mark.initial
 def test_compiled_and_channels_last() -> None:
     """`torch.compile` of both encoders, on channels-last images, gives the losses of plain ones."""

@@ -121,6 +121,7 @@ def test_a_host_that_never_answers_is_not_waited_for_by_every_line() -> None:
     assert sum("did not answer the lines before" in reason for reason in reasons) == 200 - 32  # all but the first group
 
 
+@pytest.mark.slow
 def test_a_host_that_answers_again_is_asked_again(web: Web) -> None:
     names = ["none/1", *(f"late/{i}" for i in range(40)), "ok/1"]
     answers = list(fetch(ListedImage(url(web, name), -1, -1, name) for name in names))
@@ -147,6 +148,7 @@ def test_a_hopeless_packing_is_stopped(web: Web, tmp_path: Path) -> None:
         assert path.read_bytes() == (dest / path.name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("holdout", [0, 4])
 def test_what_failed_is_packed_into_further_shards(
     holdout: int, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

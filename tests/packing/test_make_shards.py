@@ -98,6 +98,7 @@ def test_dali_reads_it_with_its_index(shards_dir: Path) -> None:
         assert [np.array(image).shape[1::-1] for image in images] == sizes
 
 
+@pytest.mark.slow
 def test_same_bytes_whatever_the_workers(image_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "elsewhere")
     make(image_folder, tmp_path / "one", samples_per_shard=7, num_workers=1)
@@ -397,6 +398,7 @@ def test_as_a_file_from_elsewhere(image_folder: Path, shards_dir: Path, tmp_path
     assert "packed                60" in result.stdout and "\r" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["", "local://"])  # a folder; the same by way of fsspec, as any URL
 def test_another_job_after_an_interruption(
     scheme: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

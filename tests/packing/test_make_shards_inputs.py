@@ -326,6 +326,7 @@ def test_long_names(form: int, image_folder: Path, tmp_path: Path) -> None:
     assert labelled(tmp_path / "d") == by_folder(image_folder)
 
 
+@pytest.mark.slow
 def test_resharding_keeps_every_member(tmp_path: Path, shards_dir: Path, image_folder: Path) -> None:
     """Captions, metadata, labels go along; class names come from the manifest beside the shards; keys do not grow."""
     old = tmp_path / "old"

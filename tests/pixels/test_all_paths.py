@@ -204,6 +204,7 @@ def test_known_images_and_what_must_be_refused(tmp_path: Path, monkeypatch: pyte
     assert compare_all_paths(files, tmp_path, monkeypatch, short_side=56, lossy=3) == []
 
 
+@pytest.mark.slow
 def test_the_range_of_12_bit_scans_is_the_same_on_all_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set once, by make_shards or a card; packing again from shards of ours keeps it."""
     ramp = (np.linspace(0, 4095, 120) // 16).astype(np.uint8)[None, :, None].repeat(60, 0).repeat(3, 2)

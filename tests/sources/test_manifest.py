@@ -270,6 +270,7 @@ def write_large(folder: Path, count: int) -> Path:
     return folder / "manifest.json"
 
 
+@pytest.mark.slow
 def test_a_billion_samples_are_a_manifest_of_100_000_lines(tmp_path: Path) -> None:
     path = write_large(tmp_path, 100_000)
     assert path.stat().st_size < 15e6

@@ -177,6 +177,7 @@ def test_sparse_members_are_left_out_and_said_so(
     assert "1 members" in said and "sparse" in said and "--sparse" in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_many_images_of_one_key_take_linear_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Dotted names: every image of a day has the key `2024`. 60,000 of them took minutes."""

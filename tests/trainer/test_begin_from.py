@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torchvision
 
@@ -55,6 +56,7 @@ def demo_names(net: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     return {f"{prefix}.net.{numbers[a]}.{b}": net.state_dict()[name] for name, (a, b) in parts.items()}
 
 
+@pytest.mark.slow
 def test_the_training_of_a_demo_file_goes_on(tmp_path: Path) -> None:
     """The CIFAR-10 demo's model_last.pth after epoch 3: weights, momentum, queue and pointer, epoch; and the momentum
     update that its key encoder lags, made up for."""

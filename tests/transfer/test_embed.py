@@ -39,6 +39,7 @@ def embed(run: Path, source: Source, output: Path, **changes: Any) -> tuple[dict
     return features.embed_source(load_encoder(run), source, output, **settings)
 
 
+@pytest.mark.slow
 def test_every_image_once(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     source = open_source(str(shards_dir))
     about, embedded = embed(run_folder, source, tmp_path / "f")
@@ -73,6 +74,7 @@ def names_in_tars(shards_dir: Path) -> list[str]:
     return list(keys)
 
 
+@pytest.mark.slow
 def test_views_are_those_of_training(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     source, loaded = open_source(str(shards_dir)), load_encoder(run_folder)
     embed(run_folder, source, tmp_path / "f", views=3, seed=9)
@@ -122,6 +124,7 @@ def test_a_killed_one_goes_on(
         embed(run_folder, source, tmp_path / "f", views=2)
 
 
+@pytest.mark.slow
 def test_without_pyarrow(run_folder: Path, shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(shards_dir))
     embed(run_folder, source, tmp_path / "parquet")
@@ -160,6 +163,7 @@ def test_lists_of_labels(
     assert (found.labels == -1).all()
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_left_out(run_folder: Path, tmp_path: Path) -> None:
     images = make_image_folder(tmp_path / "images", per_class=40)
     make_shards(str(images), str(tmp_path / "shards"), options=Options())

@@ -57,6 +57,7 @@ def test_torchvision_loads_it_and_computes_the_same(run_folder: Path, tmp_path: 
         assert torch.equal(theirs(images), load_encoder(run_folder).encoder.backbone(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,6 +90,7 @@ def test_export_says_what_the_file_fits(
         assert torch.equal(made["net"].eval()(images), loaded.encoder.backbone(images))
 
 
+@pytest.mark.slow
 def test_export_says_what_the_reference_does_not_take(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +115,7 @@ def test_what_is_read_is_not_written_over(run_folder: Path, tmp_path: Path) -> N
     assert run.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     loaded, source = load_encoder(run_folder), open_source(str(shards_dir))
     alone = Ranks(0, 1, torch.device("cpu"))
@@ -141,6 +144,7 @@ def test_a_linear_classifier_goes_along(run_folder: Path, shards_dir: Path, tmp_
         export(str(other), tmp_path / "x", "torchvision", folder)
 
 
+@pytest.mark.slow
 def test_the_reference_layout_comes_back_whole(run_folder: Path, tmp_path: Path) -> None:
     path = export(str(run_folder), tmp_path / "moco.pth.tar", "moco")
     file, saved = read_moco(path), checkpoint.load_newest(run_folder)

@@ -87,6 +87,7 @@ def quickly_built(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(nn.init, rule, lambda tensor, *_, **__: tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["torchvision", "moco", "timm", "hf", "onnx"])
 def test_its_library_computes_the_same(run: Path, exported: dict[str, Path], pictures: list[Path], format: str) -> None:
     pytest.importorskip({"hf": "transformers", "onnx": "onnxruntime", "timm": "timm"}.get(format, "torch"))
@@ -135,6 +136,7 @@ def test_other_shapes(arch: str, width: int, format: str, tmp_path: Path) -> Non
     assert check(tmp_path)["recipe"]["arch"] == arch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "format", "refused"),
     [
@@ -342,6 +344,7 @@ def test_nothing_of_others_is_written_over(run: Path, tmp_path: Path, format: st
     assert theirs.read_bytes() == b"mine" and sorted(tmp_path.rglob("*")) == sorted({place, theirs})
 
 
+@pytest.mark.slow
 def test_an_export_is_written_anew(run: Path, tmp_path: Path) -> None:
     for _ in range(2):
         export(str(run), tmp_path / "a.pth", "torchvision")

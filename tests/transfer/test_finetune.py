@@ -78,6 +78,7 @@ def test_learns_the_colours(whole: tuple[Path, Path, Any]) -> None:
     assert [row["lr"] for row in rows if "loss" in row] == [pytest.approx(0.002)]  # log_every 20: the last step alone
 
 
+@pytest.mark.slow
 def test_torchvision_reads_the_model(sources: tuple[Source, Source], tmp_path: Path) -> None:
     run, out = run_of(tmp_path / "run", "resnet18"), tmp_path / "out"
     loaded = load_encoder(run, untrained=True)
@@ -122,6 +123,7 @@ def test_a_fraction_trains_on_the_same_images_of_each_class(sources: tuple[Sourc
         tune(run, sources, tmp_path / "few", replace(SMALL, fraction=0.1))
 
 
+@pytest.mark.slow
 def test_another_experiment_and_sources_that_do_not_fit(
     whole: tuple[Path, Path, Any], sources: tuple[Source, Source], tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def crops() -> CentralCrops:
     return CentralCrops(32, ((0.5,) * 3, (0.25,) * 3), batch_size=16, num_threads=1)
 
 
+@pytest.mark.slow
 def test_k_is_capped(run_folder: Path, shards_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(str(shards_dir))
     result = knn.evaluate(knn.raw_pixels, source, source, crops(), k=200, progress=True)

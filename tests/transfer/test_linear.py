@@ -53,6 +53,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+@pytest.mark.slow
 def test_learns_and_leaves_the_encoder_bit_identical(sources: tuple[Source, Source], tmp_path: Path) -> None:
     loaded = encoder()
     before = {name: tensor.clone() for name, tensor in loaded.encoder.state_dict().items()}
@@ -66,6 +67,7 @@ def test_learns_and_leaves_the_encoder_bit_identical(sources: tuple[Source, Sour
     assert [row["epoch"] for row in written] == [1, 2, 3, 4, 5] and written[-1] == rows[0]
 
 
+@pytest.mark.slow
 def test_files_of_others_are_not_written_over(
     sources: tuple[Source, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +87,7 @@ def test_files_of_others_are_not_written_over(
     assert (out / "metrics.jsonl").read_text() == whole
 
 
+@pytest.mark.slow
 def test_each_learning_rate_is_on_its_own(sources: tuple[Source, Source], tmp_path: Path) -> None:
     alone = linear.linear(encoder(), *sources, tmp_path / "1", replace(SMALL, lr=[0.1], epochs=2), **HOW)
     beside = linear.linear(encoder(), *sources, tmp_path / "2", replace(SMALL, lr=[0.1, 1e6], epochs=2), **HOW)

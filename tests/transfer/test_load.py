@@ -75,6 +75,7 @@ def demo_file(path: Path) -> torchvision.models.ResNet:
     return net.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["", "checkpoints"])
 def test_the_demos_own_file_is_read_wherever_it_lies(tmp_path: Path, folder: str) -> None:
     path = tmp_path / folder / "model_last.pth"
@@ -243,6 +244,7 @@ def test_a_checkpoint_with_foreign_keys_is_one_line_that_names_the_file(run_fold
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_foreign_files_are_fed_as_told(
     tmp_path: Path, shards_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

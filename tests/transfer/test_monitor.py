@@ -13,6 +13,7 @@ from transfer.load import CentralCrops, load_encoder
 from transfer.monitor import measure, spread_ranges, undisturbed
 
 
+@pytest.mark.slow
 def test_monitor_leaves_training_as_it_was(run_folder: Path, shards_dir: Path) -> None:
     encoder = load_encoder(run_folder).encoder
     encoder.train()

@@ -108,6 +108,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *gi
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_a_training_image_in_val_is_found(
     run_folder: Path,
     image_folder: Path,

@@ -110,6 +110,7 @@ def run_probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_table_picture_and_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
