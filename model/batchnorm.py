@@ -18,6 +18,12 @@ from model.encoders import Encoder
 from model.ranks import ExchangeWithGradient, Group, exchange_rows, rank_and_world
 
 
+def constructor_arguments(original: _BatchNorm) -> dict[str, Any]:
+    """Those that make a batch norm like `original`, but for its state."""
+    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    return {name: getattr(original, name) for name in names}
+
+
 class SplitBatchNorm(_BatchNorm):
     """Batch norm with separate statistics for each of `groups` equal, contiguous parts of the batch, when training.
 
@@ -26,13 +32,7 @@ class SplitBatchNorm(_BatchNorm):
     """
 
     def __init__(self, original: _BatchNorm, groups: int) -> None:
-        super().__init__(
-            original.num_features,
-            eps=original.eps,
-            momentum=original.momentum,
-            affine=original.affine,
-            track_running_stats=original.track_running_stats,
-        )
+        super().__init__(**constructor_arguments(original))
         self.load_state_dict(original.state_dict())
         self.train(original.training)
         self.groups = groups

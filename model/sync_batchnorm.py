@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from model.batchnorm import constructor_arguments
 from model.ranks import GatherWithGradient, rank_and_world
 
 
@@ -21,13 +22,7 @@ class SyncedBatchNorm(_BatchNorm):
     """
 
     def __init__(self, original: _BatchNorm) -> None:
-        super().__init__(
-            original.num_features,
-            eps=original.eps,
-            momentum=original.momentum,
-            affine=original.affine,
-            track_running_stats=original.track_running_stats,
-        )
+        super().__init__(**constructor_arguments(original))
         self.load_state_dict(original.state_dict())
         self.train(original.training)
 

@@ -11,13 +11,12 @@ from jsonargparse import Namespace
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline import files
 from trainer.joining import Ranks
 from transfer.arguments import encoder_arguments
 from transfer.class_maps import ClassMaps
 from transfer.detection_data import Annotated
 from transfer.load import LoadedEncoder, load_encoder, weights_hash
-from transfer.training import Session, plain, shared
+from transfer.training import Session, folder_of, plain, shared
 
 WARMUP_FROM = 0.001  # of the learning rate, as Detectron2 has it
 
@@ -92,14 +91,9 @@ def load_start(args: Namespace, *, says: bool = True) -> LoadedEncoder:
     return loaded
 
 
-def folder_of(args: Namespace, name: str) -> str:
-    """`--out`; when left out a folder in that of the run, named after the recipe. ValueError where there is none."""
-    if args.out is not None:
-        return str(args.out)
-    if not (files.is_remote(args.run) or Path(args.run).is_dir()):
-        raise ValueError(f"{args.run} is no run folder: say with --out where metrics and checkpoint go")
-    stem = [Path(str(config)).stem for config in args.config or []][-1:]
-    return files.join(args.run, "_".join([name, *stem, *(["untrained"] if args.untrained else [])]))
+def folder_after_recipe(args: Namespace, name: str) -> str:
+    """As `folder_of`: when left out a folder named after the recipe too."""
+    return folder_of(args, "_".join([name, *[Path(str(config)).stem for config in args.config or []][-1:]]))
 
 
 def share_of(count: int, at: Session) -> Iterator[int]:

@@ -39,7 +39,7 @@ from trainer.joining import gather_objects
 from transfer import ledger
 from transfer.dense_training import (
     Schedule,
-    folder_of,
+    folder_after_recipe,
     load_start,
     refuse_foreign_picture,
     schedule_of,
@@ -240,14 +240,13 @@ def results_of(output: dict[str, Tensor], data: Annotated, item: int) -> list[De
             points = output["keypoints"][i].clone()  # [K, 3]
             points[:, :2] -= 0.5  # as `load_sample` added
             each["keypoints"] = points.flatten().tolist()
-            each["score"] = score
         found.append(each)
     return found
 
 
 def main(args: Namespace) -> None:
     started = time.monotonic()
-    out = folder_of(args, "detect")
+    out = folder_after_recipe(args, "detect")
     short_side = [int(s) for s in (args.short_side if isinstance(args.short_side, list) else [args.short_side])]
     names = ("body", "task", "long_side", "detections", "least_score", "rois", "proposals", "precise_batches")
     protocol = Protocol(**{name: args[name] for name in names}, short_side=short_side, schedule=schedule_of(args))

@@ -23,7 +23,6 @@ import json
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -51,6 +50,7 @@ from transfer.training import (
     check_precision,
     continue_from,
     evaluations,
+    folder_of,
     plain,
     session,
     shared,
@@ -209,11 +209,7 @@ def how_to(args: Namespace) -> FineTuning:
 
 def main(args: Namespace) -> None:
     started = time.monotonic()
-    out = args.out
-    if out is None:
-        if not (files.is_remote(args.run) or Path(args.run).is_dir()):
-            raise ValueError(f"{args.run} is no run folder: say with --out where log, checkpoint and model go")
-        out = files.join(args.run, "finetune_untrained" if args.untrained else "finetune")
+    out = folder_of(args, "finetune", "log, checkpoint and model")
     fractions = sorted(set(map(float, args.fraction)))
     if len(fractions) > 1 and files.is_remote(out):
         raise ValueError(

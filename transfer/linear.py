@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from pipeline import files
 from pipeline.command import cache_arguments, command
 from pipeline.labelled import batches_per_epoch, train_batches
 from pipeline.progress import Progress
@@ -48,7 +47,7 @@ from transfer.arguments import encoder_arguments
 from transfer.extraction import FeatureBatch, embedding_by, feature_batches
 from transfer.labels import check_classes, hits, labels_of, warn_of_overlap
 from transfer.load import CentralCrops, LoadedEncoder, load_encoder, weights_hash
-from transfer.training import continue_from, mirrored, plain, write_rows
+from transfer.training import continue_from, folder_of, mirrored, plain, write_rows
 
 DECAY_AFTER = (0.6, 0.8)  # of the epochs
 
@@ -224,11 +223,7 @@ def decay(epoch: int, epochs: int) -> float:
 
 def main(args: Namespace) -> None:
     started = time.monotonic()
-    out = args.out
-    if out is None:
-        if not (files.is_remote(args.run) or Path(args.run).is_dir()):
-            raise ValueError(f"{args.run} is no run folder: say with --out where metrics and checkpoint go")
-        out = files.join(args.run, "linear_untrained" if args.untrained else "linear")
+    out = folder_of(args, "linear")
     loaded = load_encoder(args.run, **encoder_arguments(args))
     train, val = (open_source(data, **cache_arguments(args)) for data in (args.train, args.val))
     lrs = [float(lr) for lr in (args.lr if isinstance(args.lr, list) else [args.lr])]

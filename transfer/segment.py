@@ -46,7 +46,7 @@ from transfer import ledger
 from transfer.class_maps import IGNORED, ClassMaps, Labelled, augmented, load_labelled, open_class_maps, shrunk
 from transfer.dense_training import (
     Schedule,
-    folder_of,
+    folder_after_recipe,
     load_start,
     refuse_foreign_picture,
     schedule_of,
@@ -236,7 +236,7 @@ def tinted(image: Tensor, found: Tensor, classes: int) -> Tensor:
 def main(args: Namespace) -> None:
     started = time.monotonic()
     protocol = Protocol(schedule_of(args), args.crop, args.short_side, args.head_dilation)
-    out = folder_of(args, "segment")
+    out = folder_after_recipe(args, "segment")
     with session(out, hang_seconds=args.hang_seconds) as at:
         data = [open_class_maps(Path(args.data), sets, masks=args.masks) for sets in (args.train_set, args.val_set)]
         train_data, val_data = (d.first(args.images) if args.images else d for d in data)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,6 +101,16 @@ def session(out: str, *, hang_seconds: float = HANG_SECONDS) -> Iterator[Session
             raise
         finally:
             watchdog.stop()
+
+
+def folder_of(args: Namespace, name: str, holds: str = "metrics and checkpoint") -> str:
+    """`--out`; when left out the folder `name` in that of the run, of its own for `--untrained`. holds: what a training
+    leaves there. ValueError where there is none."""
+    if args.out is not None:
+        return str(args.out)
+    if not (files.is_remote(args.run) or Path(args.run).is_dir()):
+        raise ValueError(f"{args.run} is no run folder: say with --out where {holds} go")
+    return files.join(args.run, f"{name}_untrained" if args.untrained else name)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from PIL import Image
 import checkpoint
 from model.encoders import build_encoder
 from transfer import dense_arguments, ledger
-from transfer.dense_training import Schedule, folder_of, load_start, schedule_of
+from transfer.dense_training import Schedule, folder_after_recipe, load_start, schedule_of
 from transfer.detect import PICTURE, Protocol, detect
 from transfer.detection_data import Annotated, open_annotated
 from transfer.detection_picture import drawn as picture_of
@@ -122,10 +122,10 @@ def test_where_a_training_begins_and_goes(tmp_path: Path, capsys: pytest.Capture
     assert load_start(args).encoder.features == 512
     assert "ImageNet's mean and std (--mean --std)" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is no run folder: say with --out"):
-        folder_of(args, "detect")
+        folder_after_recipe(args, "detect")
     given = Namespace(run=str(tmp_path), **flags | {"untrained": True, "config": ["recipes/detection/voc07_c4.yaml"]})
-    assert folder_of(given, "detect") == f"{tmp_path}/detect_voc07_c4_untrained"
-    assert folder_of(Namespace(**{**vars(given), "out": "s3://b/x"}), "detect") == "s3://b/x"
+    assert folder_after_recipe(given, "detect") == f"{tmp_path}/detect_voc07_c4_untrained"
+    assert folder_after_recipe(Namespace(**{**vars(given), "out": "s3://b/x"}), "detect") == "s3://b/x"
 
 
 def test_the_schedule() -> None:
