@@ -1,15 +1,12 @@
 """A folder for transformers: `AutoModel.from_pretrained(DIR)`, `AutoImageProcessor.from_pretrained(DIR)`."""
 
-import json
 from typing import Any
 
-from safetensors.torch import save as serialize
 from torchvision.models.resnet import Bottleneck
 
 from model.encoders import RESNETS
 from transfer.load import LoadedEncoder, default_resize
-from transfer.model_card import model_card
-from transfer.provenance import KEY, WEIGHTS, tensors_hash
+from transfer.model_card import folder_content
 
 
 def hf_folder(loaded: LoadedEncoder, record: dict[str, Any], figures: dict[str, float]) -> dict[str, bytes]:
@@ -54,7 +51,6 @@ def hf_folder(loaded: LoadedEncoder, record: dict[str, Any], figures: dict[str, 
         "image_mean": list(mean),
         "image_std": list(std),
     }
-    record = record | {"weights": tensors_hash(state)}
     usage = (
         "from transformers import AutoImageProcessor, AutoModel\n\n"
         'processor = AutoImageProcessor.from_pretrained("FOLDER")  # or "USER/NAME" on the hub\n'
@@ -62,12 +58,14 @@ def hf_folder(loaded: LoadedEncoder, record: dict[str, Any], figures: dict[str, 
         'inputs = processor(image, return_tensors="pt")\n'
         f"features = net(**inputs).pooler_output.flatten(1)  # [1, {loaded.encoder.features}]"
     )
-    return {
-        WEIGHTS: serialize(state, metadata={"format": "pt", KEY: json.dumps(record)}),
-        "config.json": json.dumps(config, indent=2).encode(),
-        "preprocessor_config.json": json.dumps(processor, indent=2).encode(),
-        "README.md": model_card(record, figures, library="transformers", usage=usage).encode(),
-    }
+    return folder_content(
+        state,
+        {"config.json": config, "preprocessor_config.json": processor},
+        record,
+        figures,
+        library="transformers",
+        usage=usage,
+    )
 
 
 def hf_name(name: str) -> str:

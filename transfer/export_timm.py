@@ -1,15 +1,11 @@
 """A folder that timm opens by itself: `timm.create_model("local-dir:DIR", pretrained=True)`."""
 
-import json
 import math
 from typing import Any
 
-from safetensors.torch import save as serialize
-
 from model.encoders import RESNETS, timm_options
 from transfer.load import LoadedEncoder, default_resize
-from transfer.model_card import model_card
-from transfer.provenance import KEY, WEIGHTS, tensors_hash
+from transfer.model_card import folder_content
 
 KEPT = ("first_conv", "classifier", "pool_size", "fixed_input_size")  # of timm's own configuration of an architecture
 
@@ -51,18 +47,20 @@ def timm_folder(loaded: LoadedEncoder, record: dict[str, Any], figures: dict[str
         },
     }
     state = {key: tensor.contiguous() for key, tensor in loaded.encoder.backbone.state_dict().items()}
-    record = record | {"weights": tensors_hash(state)}
     usage = (
         "import timm\n\n"
         'net = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:USER/NAME"\n'
         "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))\n"
         f"features = net(transform(image).unsqueeze(0))  # [1, {features}]"
     )
-    return {
-        WEIGHTS: serialize(state, metadata={"format": "pt", KEY: json.dumps(record)}),
-        "config.json": json.dumps(config, indent=2).encode(),
-        "README.md": model_card(record, figures, library="timm", usage=usage).encode(),
-    }
+    return folder_content(
+        state,
+        {"config.json": config},
+        record,
+        figures,
+        library="timm",
+        usage=usage,
+    )
 
 
 def crop_share(size: int) -> float:

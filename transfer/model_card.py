@@ -1,13 +1,36 @@
-"""The README.md of an exported folder: what the encoder is, how it came to be, how it is loaded."""
+"""An exported folder: weights, configurations, and the README.md that says what the encoder is and how it is loaded."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import save as serialize
+from torch import Tensor
 
 from transfer import ledger
 from transfer.curves import is_number, read_metrics
 from transfer.load import LoadedEncoder, weights_hash
+from transfer.provenance import KEY, WEIGHTS, tensors_hash
+
+
+def folder_content(
+    state: dict[str, Tensor],
+    configurations: Mapping[str, dict[str, Any]],
+    record: dict[str, Any],
+    figures: dict[str, float],
+    *,
+    library: str,
+    usage: str,
+) -> dict[str, bytes]:
+    """File name -> content: the tensors with their record, each configuration as JSON under its name, and the card."""
+    record = record | {"weights": tensors_hash(state)}
+    return {
+        WEIGHTS: serialize(state, metadata={"format": "pt", KEY: json.dumps(record)}),
+        **{name: json.dumps(content, indent=2).encode() for name, content in configurations.items()},
+        "README.md": model_card(record, figures, library=library, usage=usage).encode(),
+    }
 
 
 def model_card(record: dict[str, Any], figures: dict[str, float], *, library: str, usage: str) -> str:

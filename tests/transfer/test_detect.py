@@ -15,6 +15,7 @@ from annotated_folders import coco_folder, narrow_encoder, voc_folder
 from conftest import REPOSITORY, cpu_environment, free_port
 from jsonargparse import Namespace
 from PIL import Image
+from stopping import StopAfter
 
 import checkpoint
 from model.encoders import build_encoder
@@ -30,17 +31,6 @@ SMALL = Protocol(
     precise_batches=2,
 )  # fmt: skip
 RECIPES = sorted((REPOSITORY / "recipes" / "detection").glob("*.yaml"))
-
-
-class StopAfter:
-    name = "SIGTERM"
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 @pytest.fixture(scope="module")

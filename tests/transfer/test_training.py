@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from stopping import StopAfter
 from torch import Tensor, nn
 
 import checkpoint
@@ -28,19 +29,6 @@ def batches(start: int, broken: int = -1) -> Iterator[Batch]:
         x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         yield Batch(x * float("nan") if step == broken else x, torch.arange(6) + 6 * step)
         step += 1
-
-
-class StopAfter:
-    """As a signal that comes in the step of this number."""
-
-    name = "SIGTERM"
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def asked(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
