@@ -85,8 +85,8 @@ def record(found: Entry, run: str, output: str | Path | None = None) -> str | No
 
 
 def read(place: str) -> list[Entry]:
-    """The entries of a ledger, in order; empty when there is none. Pieces of lines, which a kill leaves, are passed
-    over."""
+    """The entries of a ledger, in order; empty when there is none. Pieces of lines, which a kill leaves, and lines that
+    are no entries are passed over, so that whoever reads them need not look."""
     try:
         content = files.read(place)
     except FileNotFoundError:
@@ -97,9 +97,15 @@ def read(place: str) -> list[Entry]:
             found = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and isinstance(found.get("figures"), dict) and found["figures"]:
+        if is_entry(found):
             entries.append(found)
     return entries
+
+
+def is_entry(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("protocol"), str):
+        return False
+    return all(isinstance(found.get(name), dict) for name in ("settings", "figures")) and bool(found["figures"])
 
 
 def same(one: Entry, other: Entry) -> bool:

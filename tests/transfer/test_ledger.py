@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import files
-from transfer import ledger
+from transfer import evaluations, ledger
 
 
 def entry(protocol: str = "knn", encoder: str = "e1", figure: float = 0.5, **settings: Any) -> ledger.Entry:
@@ -54,6 +54,24 @@ def test_what_a_kill_leaves_is_passed_over(run: Path) -> None:
     ledger.record(entry(k=2), str(run))
     assert [e["settings"]["k"] for e in ledger.read(str(path))] == [1, 2]
     assert len(path.read_bytes().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"figures": {"knn": 0.5}, "settings": {}}',
+        '{"protocol": 3, "figures": {"knn": 0.5}, "settings": {}}',
+        '{"protocol": "knn", "figures": {"knn": 0.5}, "settings": "k 200"}',
+        '{"protocol": "knn", "figures": {}, "settings": {}}',
+        '["knn"]',
+    ],
+)
+def test_lines_that_are_no_entries_are_passed_over_by_everyone(run: Path, line: str) -> None:
+    ledger.record(entry(k=1), str(run))
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert [e["settings"] for e in ledger.read(str(run / "evaluations.jsonl"))] == [{"k": 1}]
+    assert "top1 0.5" in evaluations.evaluations_table([("run", run)])
 
 
 def test_many_writers_at_once(tmp_path: Path) -> None:
