@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -130,7 +131,8 @@ class Mirror:
         # The boot's number tells machines apart that have one host name, as spot machines often do.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         place = {"host": socket.gethostname(), "boot": boot, "folder": str(folder.absolute())}
-        self._own: dict[str, Any] = place | {"process": os.getpid()}
+        # And the token those of containers, whose processes have the same numbers too.
+        self._own: dict[str, Any] = place | {"process": os.getpid(), "token": secrets.token_hex(8)}
         self._number = 0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -224,10 +226,11 @@ class Mirror:
         files.make_folder_of(place)
 
         def create() -> bool:
+            own = json.dumps(self._own).encode()
             try:
-                fs.pipe_file(path, json.dumps(self._own).encode(), mode="create")
-            except FileExistsError:
-                return False
+                fs.pipe_file(path, own, mode="create")
+            except FileExistsError:  # by this process too, when the answer to an earlier try was lost
+                return bool(files.read(place) == own)
             return True
 
         if not retry(place, create):

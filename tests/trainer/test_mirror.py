@@ -6,6 +6,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,40 @@ def test_a_dead_writer_is_followed_after_its_lease(url: str, tmp_path: Path, mir
     save(tmp_path / "two", 6)
     second.push(keep=3)
     assert read_pointer(url)["step"] == 6  # type: ignore[index]
+
+
+def test_a_lost_answer_is_no_other_run(
+    url: str, tmp_path: Path, mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store made the writer's object, and the connection broke before it said so: the next try finds the object."""
+    usual, lost = files.file_system, list[str]()
+
+    class Losing:
+        def __init__(self, fs: Any) -> None:
+            self.fs = fs
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.fs, name)
+
+        def pipe_file(self, path: str, *arguments: Any, **options: Any) -> None:
+            self.fs.pipe_file(path, *arguments, **options)
+            if not lost:
+                lost.append(path)
+                raise ConnectionResetError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "file_system", lambda place: (Losing(usual(place)[0]), usual(place)[1]))
+        begun(mirrors, url, tmp_path / "one")
+    assert lost and {name for name in names(url) if "writer" in name} == {"writer-000001.json"}
+
+
+def test_of_two_that_begin_at_once_one_is_refused(
+    url: str, tmp_path: Path, mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(mirrors, url, tmp_path / "one")
+    monkeypatch.setattr(Mirror, "_numbers", lambda _: [])  # it looked before the other had begun
+    with pytest.raises(ValueError, match="was taken by another run at this moment"):
+        begun(mirrors, url, tmp_path / "two")
 
 
 def test_one_that_has_ended_is_followed_at_once(url: str, tmp_path: Path, mirrors: list[Mirror]) -> None:
