@@ -105,7 +105,8 @@ def read(place: str) -> list[Entry]:
 def is_entry(found: Any) -> bool:
     if not isinstance(found, dict) or not isinstance(found.get("protocol"), str):
         return False
-    return all(isinstance(found.get(name), dict) for name in ("settings", "figures")) and bool(found["figures"])
+    figures = found.get("figures")
+    return isinstance(found.get("settings", {}), dict) and isinstance(figures, dict) and bool(figures)
 
 
 def same(one: Entry, other: Entry) -> bool:
