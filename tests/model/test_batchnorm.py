@@ -70,6 +70,7 @@ def test_split_keeps_the_state_dict() -> None:
     plain.load_state_dict(split.state_dict())
 
 
+@pytest.mark.slow
 def test_split_reaches_timms_batchnorm_with_its_activation() -> None:
     pytest.importorskip("timm")
     plain = build_encoder("timm:mobilenetv3_small_050", dim=8)

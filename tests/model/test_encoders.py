@@ -32,6 +32,7 @@ def test_backbone_is_torchvisions(arch: str) -> None:
     assert {name: t.shape for name, t in ours.items()} == expected
 
 
+@pytest.mark.slow
 def test_same_numbers_as_torchvision() -> None:
     ours = build_encoder("resnet50", dim=10)
     theirs = torchvision.models.resnet50(num_classes=10)

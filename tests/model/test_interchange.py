@@ -61,6 +61,7 @@ def assert_is(encoder: Encoder, state: Mapping[str, Tensor]) -> None:
     assert torch.equal(encoder.eval()(images), net.eval()(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp", [False, True])
 def test_reads_v1_and_v2(tmp_path: Path, mlp: bool) -> None:
     state = whole(mlp)

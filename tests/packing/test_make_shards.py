@@ -447,6 +447,7 @@ def test_another_job_after_an_interruption(
     assert made == expected
 
 
+@pytest.mark.slow
 def test_what_others_made_is_left_alone(image_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(shards_dir, tmp_path / "d/train")
     before = digests(tmp_path)

@@ -45,6 +45,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["r18.pth", "r18.safetensors"])
 def test_torchvision_loads_it_and_computes_the_same(run_folder: Path, tmp_path: Path, name: str) -> None:
     path = export(str(run_folder), tmp_path / name, "torchvision")

@@ -110,6 +110,7 @@ def test_timm_takes_its_own_back(pictures: list[Path], tmp_path: Path) -> None:
     assert timm.data.resolve_data_config({}, model=net)["input_size"][1] == SIZE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "width", "format"), [("resnext50_32x8d", 1, "timm"), ("resnet18", 2, "hf")], ids=["groups", "width"]
 )
@@ -277,6 +278,7 @@ def test_an_old_numpy_reads_the_pickle(resnet50_pkl: Path) -> None:
     assert not any("_core" in name or "multiarray" in name for name in names) and "numpy" in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", NAMES)
 def test_every_export_says_where_it_came_from(
     run: Path, exported: dict[str, Path], format: str, capsys: pytest.CaptureFixture[str]

@@ -99,6 +99,7 @@ def test_torchvision_reads_the_model(sources: tuple[Source, Source], tmp_path: P
     assert not torch.equal(anew.encoder.backbone.get_parameter("conv1.weight"), net.conv1.weight)
 
 
+@pytest.mark.slow
 def test_a_fraction_trains_on_the_same_images_of_each_class(sources: tuple[Source, Source], tmp_path: Path) -> None:
     labels = np.arange(60) % 3
     ids = share_of_each_class(labels, 0.4, 0)

@@ -85,6 +85,7 @@ def test_told_to_stop_it_saves_and_goes_on_to_the_same_end(tmp_path: Path, capsy
     assert run(alone)[::2] == (TOTAL, [])  # nothing is left to do, and nothing is judged again
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_kill_lost_is_made_up_for(tmp_path: Path) -> None:
     run(tmp_path, stop=4)
     before = (tmp_path / "metrics.jsonl").read_text().splitlines()
