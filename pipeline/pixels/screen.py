@@ -27,6 +27,10 @@ from pipeline.pixels.decode import (
 
 # In a PNG: EXIF as text, an orientation in XMP, anything compressed.
 _TELLING = re.compile(rb"\A....(zTXt|iTXt[^\0]*\0[^\0]|tEXtexif\0|tEXtRaw profile)|tiff:", re.DOTALL)
+_MARKER = struct.Struct(">HH").unpack_from  # and the length behind it
+_FRAME = struct.Struct(">BHHB").unpack_from
+_TABLES = frozenset((0xFFC4, 0xFFDB, 0xFFDD, 0xFFFE))  # and comments: nothing in them matters here
+_SAMPLINGS = frozenset((0x11, 0x12, 0x21, 0x22))
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*(\d)")
 
 
@@ -79,30 +83,28 @@ def _jpeg(data: memoryview) -> tuple[int, int] | None:
     position, height, width, orientation, exif, adobe, jfif = 2, 0, 0, 0, False, -1, False
     components = b""
     while True:
-        if data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
+        marker, length = _MARKER(data, position)
+        begin, end = position + 4, position + 2 + length
+        if marker in _TABLES and length >= 2 and end <= len(data):
+            position = end
+            continue
+        if marker == 0xFFFF:  # fill byte
             position += 1
             continue
-        length = (data[position + 2] << 8) | data[position + 3]
-        begin, end = position + 4, position + 2 + length
-        if length < 2 or end > len(data):
+        if marker < 0xFF00 or length < 2 or end > len(data):
             return None
-        if marker == 0xDA:
+        if marker == 0xFFDA:
             break
-        if marker in (0xC0, 0xC1, 0xC2):
-            if height or data[begin] != 8 or length < 8 + 3 * data[begin + 5]:
+        if marker in (0xFFC0, 0xFFC1, 0xFFC2):
+            depth, rows, columns, count = _FRAME(data, begin)
+            if height or depth != 8 or length < 8 + 3 * count or count not in (1, 3):
                 return None
-            height = (data[begin + 1] << 8) | data[begin + 2]
-            width = (data[begin + 3] << 8) | data[begin + 4]
-            count = data[begin + 5]
-            components = bytes(data[begin + 6 : begin + 6 + 3 * count : 3])
-            if count not in (1, 3) or any(
-                data[begin + 7 + 3 * i] not in (0x11, 0x12, 0x21, 0x22) for i in range(count)
-            ):
+            height, width = rows, columns
+            frame = bytes(data[begin + 6 : begin + 6 + 3 * count])
+            components = frame[::3]
+            if not _SAMPLINGS.issuperset(frame[1::3]):
                 return None  # CMYK; subsampling that decoders disagree about
-        elif marker == 0xE1:
+        elif marker == 0xFFE1:
             if data[begin : begin + 6] == b"Exif\0\0":
                 if exif or height:
                     return None
@@ -111,11 +113,11 @@ def _jpeg(data: memoryview) -> tuple[int, int] | None:
                 match = _XMP_ORIENTATION.search(data[begin:end])
                 if match and match[1] != b"1":  # Pillow obeys it, DALI does not
                     return None
-        elif marker == 0xEE and data[begin : begin + 5] == b"Adobe":
+        elif marker == 0xFFEE and data[begin : begin + 5] == b"Adobe":
             adobe = data[begin + 11] if end >= begin + 12 else -2
-        elif marker == 0xE0 and data[begin : begin + 4] == b"JFIF":
+        elif marker == 0xFFE0 and data[begin : begin + 4] == b"JFIF":
             jfif = True
-        elif not (0xE0 <= marker <= 0xEF or marker in (0xC4, 0xDB, 0xDD, 0xFE)):
+        elif not 0xFFE0 <= marker <= 0xFFEF:
             return None  # lossless, arithmetic, hierarchical, or not a marker that belongs here
         position = end
     if not 0 <= orientation <= 8 or not height:

@@ -1,8 +1,9 @@
 """From (shard, row) to screened encoded bytes: the read stage.
 
 1. Where an image lies comes from its shard's index, parsed once and kept in a cache that is bounded in bytes.
-2. Its bytes are read with one `pread`, several at a time in case the disk is slow, and with the tar header before
-   them, which tells whether index and shard still belong together.
+2. Its bytes are read with one system call into memory that earlier batches have used (buffers.py), each shard being
+   opened once a batch; by several threads in case the disk is slow. The tar header before them is read too: it tells
+   whether index and shard still belong together.
 3. `pipeline.pixels.screen` tells from the bytes how large the image is, or why it is bad.
 4. A bad sample is replaced by the next good row of its shard and written down once in `quarantine.jsonl`.
 """
@@ -20,12 +21,13 @@ import numpy as np
 from pipeline.permutation import Ints
 from pipeline.pixels.decode import MAX_PIXELS, BadImage, decode
 from pipeline.pixels.screen import as_ppm, inspect
+from pipeline.reading.buffers import Buffers
 from pipeline.reading.order import Draw
 from pipeline.reading.quarantine import Quarantine
 from pipeline.sources.index import Index, read_index, sample_key
 from pipeline.sources.manifest import Source
 from pipeline.sources.scan import read_index_text
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import Storage, read_at
 
 INDEX_CACHE_BYTES = 128 << 20
 HEADER = 512  # bytes of a tar header; it ends where the data of its member begins
@@ -56,6 +58,23 @@ class Samples(NamedTuple):
     widths: Ints
 
 
+def read_member(descriptor: int, url: str, offset: int, member: np.ndarray, row: int) -> None:
+    """Fills `member`, uint8 [HEADER + size], with a tar header and the data behind it, which begins at `offset`.
+    ValueError when the shard has no such member there."""
+    read_at(descriptor, url, offset - HEADER, member)
+    size = len(member) - HEADER
+    field = member[124:136].tobytes().split(b"\0", 1)[0]
+    try:
+        if int(field, 8) == size:
+            return
+    except ValueError:
+        pass
+    raise ValueError(
+        f"{url} has no member of {size:,} bytes at {offset:,}, where its index has row {row}: the shard was "
+        "replaced; put the old one back, or delete its manifest.json and .idx to have them rebuilt for a new run"
+    )
+
+
 class Reader:
     """Reads and screens samples of a source; safe to call from several threads, which wait for each other.
 
@@ -80,6 +99,7 @@ class Reader:
         self.drawn = self.bad = 0
         self._places: OrderedDict[tuple[int, int], Place] = OrderedDict()
         self._index_bytes = 0
+        self._buffers = Buffers()
         self._slow, self._batches = False, 0
         self._said: set[str] = set()  # kinds of remarks on images
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pillow")
@@ -97,8 +117,7 @@ class Reader:
         """
         with self._lock:
             started = time.perf_counter()
-            places = [self._place(m, shard) for m, shard in zip(draw.manifest.tolist(), draw.shard.tolist())]
-            encoded = self._fetch_all(places, draw.row.tolist())
+            encoded = self._fetch_all(draw)
             fetched = time.perf_counter()
             self.drawn += len(encoded)
             samples = self._screen_all(draw, encoded, replace)
@@ -156,32 +175,46 @@ class Reader:
             encoded, heights, widths = [encoded[i] for i in good], heights[good], widths[good]
         return Samples(draw, encoded, heights, widths)
 
-    def _fetch_all(self, places: list[Place], rows: list[int]) -> list[np.ndarray]:
+    def _fetch_all(self, draw: Draw) -> list[np.ndarray]:
+        by_shard: dict[tuple[int, int], list[int]] = {}
+        for i, key in enumerate(zip(draw.manifest.tolist(), draw.shard.tolist())):
+            by_shard.setdefault(key, []).append(i)
+        parts = [(self._place(*key), images) for key, images in by_shard.items()]
+        offsets, sizes = (np.empty(len(draw.row), np.int64) for _ in range(2))
+        for place, images in parts:
+            rows = draw.row[images]
+            offsets[images], sizes[images] = place.entries.offsets[rows], place.entries.sizes[rows]
+        ends = np.cumsum(sizes + HEADER).tolist()
+        memory = self._buffers.take(sum(ends[-1:]))
+        members = [memory[begin:end] for begin, end in zip([0, *ends], ends)]
         self._batches += 1
-        if self._slow and self._batches % RETRY_BATCHES:
-            return list(self._readers.map(self._fetch, places, rows))
-        encoded, ends = [], [time.perf_counter()]
-        for place, row in zip(places, rows):
-            encoded.append(self._fetch(place, row))
-            ends.append(time.perf_counter())
-        # The median: a thread that had to wait for a core delays a few images, a slow disk most of them.
-        self._slow = len(encoded) > 0 and bool(np.median(np.diff(ends)) > SLOW_SECONDS)
-        return encoded
+        one_by_one = not self._slow or self._batches % RETRY_BATCHES == 0
+        seconds = np.zeros(len(members))
+
+        def fetch(part: tuple[Place, list[int]]) -> None:
+            place, images = part
+            with self.storage.opened(place.url, bytes=place.bytes, checksum=place.checksum) as descriptor:
+                for i in images:
+                    began = time.perf_counter()
+                    read_member(descriptor, place.url, int(offsets[i]), members[i], draw.row[i])
+                    seconds[i] = time.perf_counter() - began
+
+        if one_by_one:
+            for part in parts:
+                fetch(part)
+            # The median: a thread that had to wait for a core delays a few images, a slow disk most of them.
+            self._slow = len(members) > 0 and bool(np.median(seconds) > SLOW_SECONDS)
+        else:
+            list(self._readers.map(fetch, [(place, [i]) for place, images in parts for i in images]))
+        return [member[HEADER:] for member in members]
 
     def _fetch(self, place: Place, row: int) -> np.ndarray:
         """Encoded bytes of one image, uint8 [n]. ValueError when the shard has no such member there."""
         offset, size = int(place.entries.offsets[row]), int(place.entries.sizes[row])
-        data = self.storage.read(place.url, offset - HEADER, size + HEADER, bytes=place.bytes, checksum=place.checksum)
-        field = data[124:136].tobytes().split(b"\0", 1)[0]
-        try:
-            if int(field, 8) == size:
-                return data[HEADER:]
-        except ValueError:
-            pass
-        raise ValueError(
-            f"{place.url} has no member of {size:,} bytes at {offset:,}, where its index has row {row}: the shard was "
-            "replaced; put the old one back, or delete its manifest.json and .idx to have them rebuilt for a new run"
-        )
+        member = np.empty(HEADER + size, np.uint8)
+        with self.storage.opened(place.url, bytes=place.bytes, checksum=place.checksum) as descriptor:
+            read_member(descriptor, place.url, offset, member, row)
+        return member[HEADER:]
 
     def labels(self, draw: Draw) -> Ints:
         """The numbers in the samples' `.cls` members, int64 [n], -1 where there is none."""

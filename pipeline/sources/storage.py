@@ -1,6 +1,6 @@
 """Bytes of shards: from local files, or from URLs by way of `sources.cache`, which looks the same from outside.
 
-1. `read` copies one image's bytes out of a shard with a single system call.
+1. `read` copies bytes out of a shard with a single system call; `opened` and `read_at` do so for several images.
 2. `open` maps a whole shard; for scanning.
 3. `prefetch` begins to fetch remote shards (and their indexes) before they are needed.
 4. `list`, `glob` and `stat` say which shards there are.
@@ -13,8 +13,9 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import braceexpand
@@ -62,9 +63,9 @@ class _Mapping:
 class Storage:
     """One per process; its methods may be called from several threads.
 
-    No file stays open between calls. At most `open_files` mappings of local shards are kept; an array that is still
-    held outlives its place among them. Remote shards come through a cache of `cache_bytes` in `cache_dir`, default
-    ~/.cache/moco-pipeline.
+    A file is open only during a call, or while `opened` lasts. At most `open_files` mappings of local shards are kept;
+    an array that is still held outlives its place among them. Remote shards come through a cache of `cache_bytes` in
+    `cache_dir`, default ~/.cache/moco-pipeline.
     """
 
     def __init__(
@@ -97,17 +98,20 @@ class Storage:
         Copied rather than mapped: a page fault on a slow disk would hold the interpreter's lock, and a shard cut short
         under a mapping kills the process. FileNotFoundError when it is not there, ValueError when it is not of `bytes`.
         """
+        content = np.empty(size, np.uint8)
+        with self.opened(url, bytes=bytes, checksum=checksum) as descriptor:
+            read_at(descriptor, url, offset, content)
+        return content
+
+    @contextmanager
+    def opened(self, url: str, *, bytes: int = -1, checksum: str = "") -> Iterator[int]:
+        """A descriptor of a shard, for `read_at`. Errors as `read`."""
         descriptor = self._descriptor(url, bytes, checksum)
         try:
             check_size(url, os.fstat(descriptor).st_size, bytes)
-            content = os.pread(descriptor, size, offset)
+            yield descriptor
         finally:
             os.close(descriptor)
-        if len(content) != size:
-            raise ValueError(
-                f"{url}: {len(content):,} of {size:,} bytes at {offset:,}: it is cut short; fetch or write it again"
-            )
-        return np.frombuffer(content, dtype=np.uint8)
 
     def open(self, url: str, *, bytes: int = -1, checksum: str = "") -> np.ndarray:
         """The whole shard as uint8 [size], mapped. Errors as `read`."""
@@ -305,6 +309,15 @@ def _open_file(path: str, flags: int) -> int:
         os.close(descriptor)
         raise ValueError(f"{path} is no file but a folder, a pipe or a device: move it away")
     return descriptor
+
+
+def read_at(descriptor: int, url: str, offset: int, into: np.ndarray) -> None:
+    """Fills `into`, uint8 [size], with the bytes at `offset`. ValueError when there are fewer."""
+    size = os.preadv(descriptor, [into.data], offset)
+    if size != len(into):
+        raise ValueError(
+            f"{url}: {size:,} of {len(into):,} bytes at {offset:,}: it is cut short; fetch or write it again"
+        )
 
 
 def check_size(url: str, size: int, expected: int) -> None:

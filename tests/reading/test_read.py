@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pipeline.reading.quarantine import Quarantine
 from pipeline.reading.reader import Reader, Samples
 from pipeline.sources.manifest import Source
 from pipeline.sources.opening import open_source
-from pipeline.sources.storage import Storage
+from pipeline.sources.storage import Storage, read_at
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GARBAGE = b"not an image"
@@ -227,16 +228,26 @@ def test_the_index_cache_is_bounded(image_folder: Path, tmp_path: Path, monkeypa
         assert len(reader._places) == 2
 
 
+def test_a_batch_that_is_held_keeps_its_bytes(image_folder: Path, tmp_path: Path) -> None:
+    """Later batches are read into memory that earlier ones have used, but not while anybody holds an image of it."""
+    source = healthy(image_folder, tmp_path / "s")
+    reader = Reader(source, Storage())
+    held = reader.read(as_draw(source, *range(8)))
+    before = contents(held)
+    for _ in range(10):
+        reader.read(as_draw(source, *range(8, 16)))
+    assert contents(held) == before
+
+
 def test_slow_disks_are_read_by_threads(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = healthy(image_folder, tmp_path / "s")
     reader = Reader(source, Storage())
-    fast = Storage.read
 
-    def slow_read(self: Storage, *arguments: object, **named: object) -> np.ndarray:
+    def slow_read(*arguments: Any) -> None:
         time.sleep(0.01)
-        return fast(self, *arguments, **named)  # type: ignore[arg-type]
+        read_at(*arguments)
 
-    monkeypatch.setattr(Storage, "read", slow_read)
+    monkeypatch.setattr("pipeline.reading.reader.read_at", slow_read)
     expected = contents(reader.read(as_draw(source, *range(24))))
     started = time.perf_counter()
     assert contents(reader.read(as_draw(source, *range(24)))) == expected
