@@ -45,11 +45,13 @@ STAGES = ("order", "read", "screen", "views", "lend", "graph")
 
 @pipeline_def
 def stand_in(feed: Callable[[], Lent], inputs: int) -> tuple[Any, ...]:
-    """As pixels.graph.two_views on a GPU, with a copy where that decodes and crops."""
+    """As pixels.graph.two_views on a GPU, with a copy where that sends to the GPU: the resize there reads the windows'
+    corners where they lie."""
     encoded, *lent = fn.external_source(
         feed, num_outputs=inputs, batch=True, no_copy=True, dtype=[types.UINT8] + (inputs - 1) * [types.FLOAT]
     )
-    return fn.copy(encoded), *(fn.copy(values) for values in lent)
+    corners, rows = lent[: 2 * NUM_VIEWS], lent[2 * NUM_VIEWS :]
+    return fn.copy(encoded), *corners, *(fn.copy(row) for row in rows)
 
 
 def stages(source: Source, storage: Storage, *, batch_size: int, largest: int, epoch: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     says = ""
     seen: list[tuple[str, Any]] = []  # noqa: RUF012 - each test has a server of its own
+    going_on = threading.Event()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,13 +57,16 @@ class Handler(BaseHTTPRequestHandler):
         if says != "chunked":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[:1000] if says in ("cut", "reset") else body)
+        self.wfile.write(body[:1000] if says in ("cut", "stall") else body)
         if says in ("cut", "hang up"):
             self.close_connection = True
         if says == "hang up":  # after a whole answer, as servers do with idle connections
             self.connection.shutdown(socket.SHUT_RDWR)
         if says == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
+        if says == "stall":
+            self.server.going_on.wait()
+            self.close_connection = True
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
@@ -70,9 +75,10 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     made = Server(("127.0.0.1", 0), Handler)
-    made.seen = []
+    made.seen, made.going_on = [], threading.Event()
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
+    made.going_on.set()
     made.shutdown()
     made.server_close()
 
@@ -140,6 +146,20 @@ def test_a_broken_connection_keeps_what_came(server: Server, file: int) -> None:
     assert connections.read_range(address(server), 1500, 9000, len(CONTENT), file) == 9000
     assert os.pread(file, 8500, 500) == CONTENT[500:9000]
     connections.close()
+
+
+def test_a_server_that_falls_silent(server: Server, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within its body, the wait ends and what came counts; before its head, the same request may be answered later."""
+    monkeypatch.setattr(http_range, "READ_SECONDS", 0.3)
+    connections, server.says = Connections(), "stall"
+    began = time.monotonic()
+    assert connections.read_range(address(server), 500, 9000, len(CONTENT), file) == 1500
+    assert time.monotonic() - began < 10
+    assert connections.read_range(address(server), 1500, 9000, len(CONTENT), file) == 9000
+    assert os.pread(file, 8500, 500) == CONTENT[500:9000]
+    connections.close()
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(OSError, match="TimeoutError"):
+        Connections().read_range(f"http://127.0.0.1:{mute.getsockname()[1]}/a", 0, 10, 10, file)
 
 
 def test_a_connection_that_the_server_closed_is_opened_again(server: Server, file: int) -> None:
