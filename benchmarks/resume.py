@@ -163,7 +163,7 @@ def run_plan(plan: dict[str, Any], python: Path, work: Path) -> list[dict[str, A
 
 
 def sum_up(chains: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of what `resume_ranks.py` said of each run."""
+    """The row of a cell, from what `resume_ranks.py` said of each run."""
     kills = [kill for chain in chains for kill in chain["kills"]]
     ended = [chain for chain in chains if not chain["refused"]]
     seconds = [kill["seconds"] for kill in kills if "seconds" in kill]

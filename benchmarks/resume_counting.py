@@ -1,4 +1,4 @@
-"""What a training was given, over all its kills, beside what it should have been given: plain lists, no processes.
+"""Compares what a training was given, over all its kills, with what it should have been given: lists, no processes.
 
 A row is one batch of one rank of `world`, with the sample ids and a checksum of each sample's views. Steps are counted
 over the run. A training that continues from step s has forgotten everything that it was given from s on, the weights
@@ -45,7 +45,7 @@ def views(rows: Iterable[Row]) -> dict[int, list[int]]:
 
 
 def missing_and_extra(rows: Sequence[Row], samples: int, epochs: int, whole_run: bool = False) -> list[tuple[int, int]]:
-    """Of each epoch: how many of the `samples` it did not give, and how many it gave too often. With `whole_run` one
+    """For each epoch: how many of the `samples` it did not give, and how many it gave too often. With `whole_run` one
     pair for all epochs, for systems that begin the next before the last is over."""
     given = [Counter(i for row in rows if row.epoch == epoch for i in row.ids) for epoch in range(epochs)]
     if whole_run:

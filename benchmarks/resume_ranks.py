@@ -241,7 +241,7 @@ def fetched(plan: dict[str, Any]) -> dict[str, int]:
 
 
 def run_chain(plan: dict[str, Any], chain: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    """What happened at each kill, and the rows that count (of no use when it did not come to its end)."""
+    """Tells what happened at each kill, and gives the rows that count (of no use when it did not come to its end)."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rng = random.Random(chain["seed"])

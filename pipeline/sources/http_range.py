@@ -77,7 +77,7 @@ class Connections:
         if not hasattr(_own, "buffer"):
             _own.buffer = memoryview(bytearray(BUFFER))
         with contextlib.suppress(OSError, http.client.HTTPException), _reading(source, answer) as read:
-            # What came before an error counts.
+            # Bytes that came before an error count.
             while at < stop:
                 if self._closed.is_set():
                     raise ValueError("closed")
