@@ -5,11 +5,13 @@
 Every candidate is an endless stream of batches that lives through the whole run. A round takes each of them in turn:
 what it had prefetched is thrown away, then `--seconds` of batches are timed; so a noisy machine is noisy for all, and
 medians over the rounds compare; the processor time an image, of all threads and processes, depends less on what else
-runs. `decode` is the limit: libjpeg-turbo alone, nothing kept. The candidates with
-torchvision run in `--workers` processes of a DataLoader, those with DALI in as many threads.
+runs. `decode` is the limit: libjpeg-turbo alone, nothing kept. The candidates with torchvision run in `--workers`
+processes of a DataLoader, those with DALI or SPDL in as many threads. `decode_torchcodec` and `spdl` need packages that
+this project does without (peers/spdl.txt), and are left out where these are not installed.
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -86,6 +88,56 @@ class Decode(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return torchvision.io.decode_jpeg(self.encoded[index % len(self.encoded)]).numel()
+
+
+class DecodeByTorchcodec(Decode):
+    """The same by the package that takes the place of torchvision's decoders."""
+
+    def __getitem__(self, index: int) -> int:
+        from torchcodec.decoders import decode_jpeg
+
+        return int(decode_jpeg(self.encoded[index % len(self.encoded)]).numel())
+
+
+def spdl_stream(encoded: list[np.ndarray], batch_size: int, workers: int) -> Iterator[int]:
+    """The v2 recipe with AlbumentationsX on OpenCV's images, in the threads of an SPDL pipeline."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # asks no server for a newer version
+    import albumentations
+    import cv2
+    from spdl.pipeline import PipelineBuilder
+
+    cv2.setNumThreads(1)
+    view = albumentations.Compose(
+        [
+            albumentations.RandomResizedCrop((SIZE, SIZE), scale=(0.2, 1.0)),
+            albumentations.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=0.8),
+            albumentations.ToGray(p=0.2),
+            albumentations.GaussianBlur(sigma_range=(0.1, 2.0), p=0.5),
+            albumentations.HorizontalFlip(p=0.5),
+            albumentations.Normalize(*IMAGENET),
+        ],
+        telemetry=False,
+    )
+
+    def two_views(index: int) -> tuple[np.ndarray, np.ndarray]:
+        image = cv2.cvtColor(cv2.imdecode(encoded[index], cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        return view(image=image)["image"], view(image=image)["image"]
+
+    def collated(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.from_numpy(np.stack(views)) for views in zip(*pairs, strict=True))
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(int(index) for batch in numbered(len(encoded), batch_size) for index in batch)
+        .pipe(two_views, concurrency=workers)
+        .aggregate(batch_size)
+        .pipe(collated)
+        .add_sink(2)
+        .build(num_threads=workers)
+    )
+    with pipeline.auto_stop():
+        for query, _ in pipeline:
+            yield len(query)
 
 
 def stream(dataset: Dataset[Any] | IterableDataset[Any], batch_size: int, workers: int) -> Iterator[int]:
@@ -231,6 +283,13 @@ def measure(streams: Streams, rounds: int, seconds: float, workers: int) -> Rate
     return rates
 
 
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -270,6 +329,8 @@ def main() -> None:
             "reference_v2": stream(TwoViews(encoded, reference_transform("v2")), b, w),
             "lightly": stream(TwoViews(encoded, MoCoV2Transform(input_size=SIZE), both=True), b, w),
             "webdataset": webdataset_stream(tar, b, w),
+            "decode_torchcodec": stream(DecodeByTorchcodec(encoded), b, w),
+            "spdl": spdl_stream(arrays, b, w),
             "plain_dali": plain_dali_stream(arrays, b, w),
             "ours_v1": our_stream("v1", arrays, b, w),
             "ours_v2": our_stream("v2", arrays, b, w),
@@ -279,6 +340,13 @@ def main() -> None:
         }
         if args.only:
             streams = {name: streams[name] for name in args.only}
+        for name, needed in (
+            ("decode_torchcodec", ["torchcodec"]),
+            ("spdl", ["spdl.pipeline", "albumentations", "cv2"]),
+        ):
+            if name in streams and (missing := [package for package in needed if not is_installed(package)]):
+                print(f"{name} is left out: {', '.join(missing)} not installed (benchmarks/peers/spdl.txt)")
+                del streams[name]
         for batches in streams.values():  # processes are forked before DALI starts its threads
             next(batches)
         rates = measure(streams, args.rounds, args.seconds, w)
