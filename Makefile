@@ -37,12 +37,12 @@ lint: install
 	$(BIN)/mypy
 
 # The fast lane while working: everything but the tests that start processes or take long. One thread for each of the
-# two workers: with more, they wait for each other's threads.
+# two workers, here and below: with more, they wait for each other's threads.
 check: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 test: install lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
