@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.encoders import Encoder
+from model.parts_norm import PartsNorm
 from model.ranks import ExchangeWithGradient, Group, exchange_rows, rank_and_world
 
 
@@ -45,41 +45,17 @@ class SplitBatchNorm(_BatchNorm):
             return cast(Tensor, self.act(self.drop(super().forward(input))))
         if input.shape[0] % self.groups:
             raise ValueError(f"a rank's batch of {input.shape[0]} does not divide into bn_groups {self.groups}")
+        if input.numel() // input.shape[1] <= self.groups:
+            raise ValueError(
+                f"a batch norm over {tuple(input.shape)} in bn_groups {self.groups} has one value a channel and group, "
+                "which has no variance; take fewer groups or a larger batch"
+            )
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        out = self._fusible(input) if torch.compiler.is_compiling() else self._by_parts(input)
+        running = (self.running_mean, self.running_var)
+        settings = (self.groups, self.momentum or 0.0, self.eps)
+        out = PartsNorm.apply(input, self.weight, self.bias, *running, *settings)
         return cast(Tensor, self.act(self.drop(out)))
-
-    def _by_parts(self, input: Tensor) -> Tensor:
-        """The library's batch norm for each part."""
-        share = (self.momentum or 0.0) / self.groups
-        parts = []
-        for i, part in enumerate(input.chunk(self.groups)):
-            # Chosen so that after all parts: running = (1 - momentum) * running + momentum * mean over parts.
-            momentum = share / (1 - (self.groups - 1 - i) * share)
-            parts.append(
-                F.batch_norm(
-                    part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps
-                )
-            )
-        return torch.cat(parts)
-
-    def _fusible(self, input: Tensor) -> Tensor:
-        """The same in plain operations: torch.compile makes of them as few kernels, and as little to compile, as of one
-        group, where the parts would be `groups` times as many. Not compiled they would be slow.
-        """
-        x = input.unflatten(0, (self.groups, -1)).float()  # [groups, n, C, ...]
-        var, mean = torch.var_mean(x, dim=[1, *range(3, x.dim())], correction=0, keepdim=True)
-        if self.running_mean is not None and self.running_var is not None:
-            count = x.numel() // (self.groups * x.shape[2])
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.mean(dim=0).flatten(), self.momentum or 0.0)
-                self.running_var.lerp_(var.mean(dim=0).flatten() * (count / (count - 1)), self.momentum or 0.0)
-        x = (x - mean) * (var + self.eps).rsqrt()
-        if self.affine:
-            channels = [-1] + [1] * (input.dim() - 2)
-            x = x * self.weight.view(channels) + self.bias.view(channels)
-        return x.to(input.dtype).flatten(0, 1)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -51,7 +51,7 @@ def all_steps(state: Path, device: str) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("device", ["cuda:0", "cpu"])
 def test_the_steps_name_only_what_exists(state: Path, device: str) -> None:
     steps = all_steps(state, device)
-    assert len(steps) == 17
+    assert len(steps) == 18
     lines = [f"    python {shlex.join(step.command)}" for _, step in steps]
     assert list(unknown_commands("\n".join(lines))) == []
     for _, step in steps:

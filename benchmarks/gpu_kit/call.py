@@ -80,7 +80,12 @@ def steps(call: str, device: str, state: Path, output: Path, *, ranks: int = 8, 
     compared = ["--run", str(run), "--knn_train", knn[0], "--knn_val", knn[1]]
     batch = ["--batch_size", str(s.batch_size)]
     if call == "1":
-        return [Step("MoCo's own share", [*moco, "--output", str(output / f"gpu_{card(state)}_moco_step")], 80)]
+        split = ["benchmarks/batchnorm_launches.py", "--device", kind, *sizes, "--precision", s.precision, *batch]
+        split += ["--count_batch", "0", "--rounds", "5", "--output", str(output / f"gpu_{card(state)}_batchnorm.json")]
+        return [
+            Step("MoCo's own share", [*moco, "--output", str(output / f"gpu_{card(state)}_moco_step")], 80),
+            Step("split batch norm", split, 20),
+        ]
     if call == "2":
         return [Step("tests of the model", [*alone, "tests/model"], 42)]
     if call == "3":

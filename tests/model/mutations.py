@@ -245,12 +245,11 @@ FAULTS = [
         19,
         "split by a view of NCHW memory",
         "model/batchnorm.py",
-        "        parts = []\n",
+        "        running = (self.running_mean, self.running_var)\n",
         "        n, c, h, w = input.shape\n"
         "        view = input.contiguous().view(n // self.groups, c * self.groups, h, w)\n"
         "        wide = [t.repeat(self.groups) for t in (self.weight, self.bias)]\n"
-        "        return F.batch_norm(view, None, None, *wide, True, 0.1, self.eps).view(n, c, h, w)\n"
-        "        parts = []\n",
+        "        return nn.functional.batch_norm(view, None, None, *wide, True, 0.1, self.eps).view(n, c, h, w)\n",
         "point_19",
     ),
     Fault(
@@ -276,7 +275,7 @@ FAULTS = [
         "        if not self.training or self.groups == 1:\n",
         "        if not self.training:\n"
         "            running = (self.running_mean, self.running_var)\n"
-        "            return F.batch_norm(input, *running, self.weight, self.bias, True, 0.1, self.eps)\n"
+        "            return nn.functional.batch_norm(input, *running, self.weight, self.bias, True, 0.1, self.eps)\n"
         "        if self.groups == 1:\n",
         "point_23",
     ),
