@@ -38,10 +38,10 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.resume_data import SHARDED, environment, make_data, serving, small_images, write_for  # noqa: E402
+from benchmarks.resume_data import environment, make_data, serving, small_images, write_for  # noqa: E402
 
 PEERS = REPOSITORY / "benchmarks" / "peers"
-SYSTEMS = ("ours", "webdataset", "webdataset_replay", "torchdata", "litdata", "streaming", "energon", "lancedb")
+SYSTEMS = ("ours", "webdataset", "torchdata", "litdata", "streaming", "energon", "lancedb")
 BATCH, EPOCHS, A_RUN = 24, 2, 10
 SUMS = ("lost", "repeated", "batches", "order_changed", "members_changed", "samples", "views_changed", "uneven")
 
@@ -109,8 +109,7 @@ def peer_plans(system: str, work: Path, count: int, rng: random.Random) -> list[
     """Same and other number of ranks, 3,000 and 3,001 samples, in turn; each uninterrupted run is made twice."""
     plans = []
     for samples in (3000, 3001):
-        data = work / "served" / f"shards{samples}" if system in SHARDED else work / f"{system}{samples}"
-        plan = plan_for(system, str(data), samples, [2, 2])
+        plan = plan_for(system, str(work / f"{system}{samples}"), samples, [2, 2])
         for number in range(count):
             if (number // 2) % 2 == (samples == 3001):
                 worlds = [2, 2 if number % 2 == 0 else (4, 1)[number // 4 % 2]]
@@ -134,7 +133,7 @@ def plan_for(
 
 
 def python_of(system: str, peers: Path) -> Path:
-    own = peers / system.partition("_")[0] / "bin" / "python"
+    own = peers / system / "bin" / "python"
     return own if system != "ours" and own.is_file() else Path(sys.executable)
 
 
@@ -293,7 +292,7 @@ def main() -> None:
         with serving(work / "served") as url:
             for system in systems:
                 rng, python = random.Random(o.seed), python_of(system, o.peers)
-                if system not in SHARDED and (problem := write_for(system, python, work)):
+                if system != "ours" and (problem := write_for(system, python, work)):
                     results[system] = {"error": problem}
                 else:
                     plans = (

@@ -12,7 +12,6 @@ from PIL import Image, ImageChops
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIDE = 64
-SHARDED = ("ours", "webdataset", "webdataset_replay", "energon")  # these read our shards
 
 
 def environment() -> dict[str, str]:
@@ -45,15 +44,15 @@ def write_images(images: list[Image.Image], folder: Path, start: int, count: int
         (folder / f"{i - start:06d}.jpg").write_bytes(encoded.getvalue())
 
 
-def pack(images: Path, shards: Path) -> None:
-    command = [sys.executable, "pipeline/make_shards.py", str(images), str(shards), "--samples_per_shard", "250"]
+def pack(images: Path, shards: Path, a_shard: int = 250) -> None:
+    command = [sys.executable, "pipeline/make_shards.py", str(images), str(shards), "--samples_per_shard", str(a_shard)]
     subprocess.run([*command, "--workers", "1"], cwd=REPOSITORY, check=True, capture_output=True)
 
 
 def make_data(images: list[Image.Image], work: Path, systems: list[str]) -> None:
     for samples in (3000, 3001):
         write_images(images, work / f"images{samples}", 0, samples)
-        if set(systems) & set(SHARDED):
+        if "ours" in systems:
             pack(work / f"images{samples}", work / "served" / f"shards{samples}")
     if "ours" in systems:
         write_images(images, work / "images1000", 5000, 1000)
@@ -82,7 +81,7 @@ def write_for(system: str, python: Path, work: Path) -> str:
     """Has a peer write the samples in its own format; its error where it could not, "" when all went well."""
     for samples in (3000, 3001):
         images, data = work / f"images{samples}", work / f"{system}{samples}"
-        command = [str(python), str(REPOSITORY / "benchmarks" / "resume_systems.py"), system, str(images), str(data)]
+        command = [str(python), str(REPOSITORY / "benchmarks" / "resume_peers.py"), system, str(images), str(data)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment())
         if done.returncode:
             return (done.stderr.strip().splitlines() or ["no word of it"])[-1][:300]

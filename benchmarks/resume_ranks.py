@@ -7,6 +7,7 @@ others when it is seen to be gone, or all at any time after the start. Prints on
 """
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -28,8 +29,9 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from benchmarks import resume_peers  # noqa: E402
 from benchmarks.resume_counting import Row, compare, joined, missing_and_extra  # noqa: E402
-from benchmarks.resume_systems import IMPORT, OPEN, SAVED_BY_ALL, Place  # noqa: E402
+from benchmarks.resume_systems import Opened, Place, import_ours, open_ours  # noqa: E402
 
 KEEP = 2  # checkpoints
 LIMIT = 120  # seconds that ranks may take; then they hang
@@ -83,6 +85,10 @@ class Saved:
             self.writer.join()
 
 
+def open_system(system: str, place: Place, saved: Any) -> Opened:
+    return open_ours(place, saved) if system == "ours" else resume_peers.OPEN[system](place, saved)
+
+
 def rank_main(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: int, rank: int, began: float) -> None:
     world, system = chain["worlds"][phase], plan["system"]
     kill = chain["kills"][phase] if phase < len(chain["kills"]) else None
@@ -107,7 +113,7 @@ def rank_main(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: 
     log = (folder / f"rows{phase}.{rank}").open("w")
     log.write(json.dumps(step) + "\n")
     log.flush()
-    opened = OPEN[system](place, states)
+    opened = open_system(system, place, states)
     first = None
     while True:
         got = next(opened.batches, None)
@@ -127,10 +133,11 @@ def rank_main(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: 
             kill = None
         step += 1
         if step % (chain["save_every"] * chain["accumulate"]) == 0:
-            every: list[Any] = [opened.state() if rank == 0 or system in SAVED_BY_ALL else None]
-            if system in SAVED_BY_ALL:
-                mine_alone, every = every[0], [None] * world
-                dist.all_gather_object(every, mine_alone)
+            every: list[Any] = [None] * world
+            if system == "ours":  # it is the same for all ranks
+                every = [opened.state()]
+            else:
+                dist.all_gather_object(every, opened.state())
             if rank == 0:
                 saved.save(step, every)
     saved.join()
@@ -279,7 +286,7 @@ def cold_start(plan: dict[str, Any]) -> float:
     folder = Path(plan["work"]) / "uninterrupted"
     _, states = Saved(plan["system"], folder).newest()
     place = Place(plan["data"], plan["samples"], plan["batch"], plan["epochs"], 0, 1, plan["workers"], 1, folder)
-    opened = OPEN[plan["system"]](place, states)
+    opened = open_system(plan["system"], place, states)
     next(opened.batches)
     seconds = time.time() - plan["cold"]
     opened.close()
@@ -292,8 +299,10 @@ def main() -> None:
         say({"cold_s": cold_start(plan)})
         return
     began = time.perf_counter()
-    if plan["system"] in IMPORT:
-        IMPORT[plan["system"]]()
+    if plan["system"] == "ours":
+        import_ours()
+    elif plan["system"] in resume_peers.IMPORT_FIRST:
+        importlib.import_module(resume_peers.IMPORT_FIRST[plan["system"]])
     say({"import_s": round(time.perf_counter() - began, 2), "python": sys.version.split()[0]})
     work = Path(plan["work"])
     uninterrupted: list[Row] = []

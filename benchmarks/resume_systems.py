@@ -1,11 +1,8 @@
-"""How each system of `resume.py` is opened, saved and continued: each as its own documentation says, quoted there.
+"""What the ranks of `resume.py` run: ours; and what all systems share, their place among the ranks and their views.
 
-An `open_NAME` takes a `Place` (which rank of how many, what data) and what was saved, or None at the start. It gives an
-`Opened`: batches of (epoch, sample ids, checksums of each sample's views), the state to save, and how to close. The
-loop over epochs is that of a usual training: the epoch's number is saved beside the system's state.
-
-All peers do the same work on a sample: decode it with Pillow, and make two views of it in the worker (crop, resize,
-flip, drawn from torch's generator as torchvision's transforms draw). Ours runs its whole loader, recipe v1.
+An `open_NAME` (the peers' are in `resume_peers.py`) takes a `Place`, which rank of how many and what data, and what was
+saved, a list with a state for each rank that saved one, or None at the start. It gives an `Opened`: batches of (epoch,
+sample ids, checksums of each sample's views), the state to save, and how to close.
 """
 
 import io
@@ -37,10 +34,6 @@ class Opened(NamedTuple):
     batches: Iterator[tuple[int, list[int], list[int]]]
     state: Callable[[], Any]
     close: Callable[[], None]
-
-
-def nothing() -> None:
-    pass
 
 
 def two_views(encoded: bytes) -> torch.Tensor:
@@ -105,8 +98,3 @@ def open_ours(place: Place, saved: Any) -> Opened:
             yield epoch, batch.sample_ids.tolist(), checksums(batch.query, batch.key)
 
     return Opened(batches(), loader.state_dict, loader.close)
-
-
-SAVED_BY_ALL = {"torchdata", "lancedb", "energon"}  # every rank's state is kept; of the others rank 0's
-OPEN: dict[str, Callable[[Place, Any], Opened]] = {"ours": open_ours}
-IMPORT: dict[str, Callable[[], None]] = {"ours": import_ours}  # before the ranks are forked
