@@ -1,4 +1,4 @@
-"""What the ranks of `resume.py` run: ours; and what all systems share, their place among the ranks and their views.
+"""How ours runs on a rank of `resume.py`; and what all systems share there: a place among the ranks, and the views.
 
 An `open_NAME` (the peers' are in `resume_peers.py`) takes a `Place`, which rank of how many and what data, and what was
 saved, a list with a state for each rank that saved one, or None at the start. It gives an `Opened`: batches of (epoch,
