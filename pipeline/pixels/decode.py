@@ -39,6 +39,10 @@ from pipeline.pixels.formats import Grey16, sniff
 # decompression bomb.
 MAX_PIXELS = 100_000_000
 
+# A progressive JPEG is gone over in whole for each of its scans, which take a few bytes in the file: 156 kB can ask for
+# most of a minute. Ten scans are usual; with more than so many, all scans together may have so many pixels: about 2 s.
+USUAL_SCANS, MAX_SCANNED = 100, 2_000_000_000
+
 # Extension as `sniff` says it -> Pillow's class. Not `Image.open`: with it Pillow asks further decoders, looks for more
 # images in a JPEG (MPO) and gives it up when those are damaged, and has a limit on pixels of its own.
 DECODERS: dict[str, type[ImageFile.ImageFile]] = {
@@ -72,6 +76,7 @@ TURNS = {  # EXIF orientation -> the operation that sets the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SCAN = re.compile(rb"\xff\xda")  # never within the pixels, where 0 follows 255
 DARK = 1 << 14  # of 65,536: a 16-bit image that stays below it was scanned with 14 bits or fewer, and comes out dark
 
 # Takes a remark on an image that is used all the same: its kind, to count by, and the details.
@@ -150,6 +155,8 @@ def open_image(encoded: np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image
         _check_bands(kind, data)
         image = _decoder(kind)(io.BytesIO(data))
         check_pixels(*image.size, max_pixels)
+        if kind == "jpg":
+            check_scans(data, *image.size)
         if kind == "tif":  # libtiff makes room for a whole tile, however small the image
             tags = image.tag_v2  # type: ignore[attr-defined]
             check_pixels(int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0)), max_pixels)
@@ -217,6 +224,13 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """BadImage when a picture of this size has more than `max_pixels` pixels."""
     if height * width > max_pixels:
         raise BadImage("too many pixels", f"{width}x{height} is {height * width:,} pixels, the limit is {max_pixels:,}")
+
+
+def check_scans(data: memoryview, width: int, height: int) -> None:
+    """BadImage when decoding a JPEG of this size would take minutes, for the number of its scans."""
+    scans = sum(1 for _ in _SCAN.finditer(data))
+    if scans > USUAL_SCANS and scans * width * height > MAX_SCANNED:
+        raise BadImage("too many scans", f"{scans:,} of {width}x{height} pixels, decoding would take minutes")
 
 
 def png_chunks(data: memoryview) -> Iterator[tuple[bytes, int, int, bool]]:

@@ -20,6 +20,7 @@ from pipeline.pixels.decode import (
     Remark,
     check_decodes,
     check_pixels,
+    check_scans,
     ignore,
     open_image,
     png_chunks,
@@ -81,7 +82,7 @@ def _jpeg(data: memoryview) -> tuple[int, int] | None:
     if data[-2] != 0xFF or data[-1] != 0xD9:
         return None  # cut short, or something behind the end of image
     position, height, width, orientation, exif, adobe, jfif = 2, 0, 0, 0, False, -1, False
-    components = b""
+    components, progressive = b"", False
     while True:
         marker, length = _MARKER(data, position)
         begin, end = position + 4, position + 2 + length
@@ -99,7 +100,7 @@ def _jpeg(data: memoryview) -> tuple[int, int] | None:
             depth, rows, columns, count = _FRAME(data, begin)
             if height or depth != 8 or length < 8 + 3 * count or count not in (1, 3):
                 return None
-            height, width = rows, columns
+            height, width, progressive = rows, columns, marker == 0xFFC2
             frame = bytes(data[begin + 6 : begin + 6 + 3 * count])
             components = frame[::3]
             if not _SAMPLINGS.issuperset(frame[1::3]):
@@ -124,6 +125,8 @@ def _jpeg(data: memoryview) -> tuple[int, int] | None:
         return None
     if len(components) == 3 and (adobe in (0, -2) or (adobe == -1 and not jfif and components == b"RGB")):
         return None  # RGB inside
+    if progressive or data[begin] < len(components):  # else the first scan is the only one that is decoded
+        check_scans(data, width, height)
     return (width, height) if orientation >= 5 else (height, width)
 
 

@@ -180,6 +180,27 @@ def test_bombs_are_refused_in_milliseconds_without_memory() -> None:
     assert result.stdout == "end\n", result.stdout + result.stderr
 
 
+def scanned(side: int, scans: int) -> bytes:
+    """A grey progressive JPEG whose last scan comes so many times more."""
+    content = encode(Image.new("L", (side, side), 90), "JPEG", progressive=True)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + scans * last + content[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_takes_minutes() -> None:
+    content = scanned(2000, 600)  # 60 kB; decoded it took two seconds, and as much in each epoch
+    began = time.process_time()
+    assert reason(content) == "too many scans"
+    for ending in (content, content + b"\0"):  # the second is Pillow's case in training, too
+        with pytest.raises(BadImage, match="606 of 2000x2000 pixels"):
+            inspect(as_array(ending)) or decode(as_array(ending))
+    with pytest.raises(Rejected):
+        prepare(content, "scans.jpg", Options(no_verify=True))
+    assert time.process_time() - began < 0.5
+    for usual in (scanned(64, 300), scanned(2000, 50)):
+        assert inspect(as_array(usual)) is not None and reason(usual) == ""
+
+
 def test_the_limit_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow's own limit is below ours, and users may ask for more than both."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
