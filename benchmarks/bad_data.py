@@ -203,7 +203,7 @@ def through(
             of_good = {"good_delivered": verdict.good_delivered, "good_wrong": verdict.good_wrong}
             of_good["good"] = len(case.files) - len(case.awkward)
             how = {"ended": ended.how, "message": PATH.sub("", ended.message)[:200], "megabytes": ended.megabytes}
-            if len(case.awkward) == 1:
+            if case.awkward and not job["together"]:
                 singly[case.name] = verdict
                 files[case.name] = {"outcome": verdict.outcomes[case.awkward[0]], **of_good, **how}
             else:

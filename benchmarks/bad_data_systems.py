@@ -13,10 +13,12 @@ is imported for other systems, so that these run in an environment of their own.
 The answers are two lines: the number of the process, and how it ended (an exit code, or minus a signal).
 """
 
+import ctypes
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -297,13 +299,20 @@ def do(load: Load, job: dict[str, Any]) -> None:
     os._exit(code)
 
 
+def end_with_parent() -> None:
+    """Has the kernel end this process when the one that started it ends, however that came about."""
+    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
 def main() -> None:
+    end_with_parent()
     load = SYSTEMS[sys.argv[1]]()
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         process = os.fork()
         if not process:
+            end_with_parent()
             os.setpgid(0, 0)
             do(load, job)
         print(process, flush=True)
