@@ -13,7 +13,8 @@ The first takes half an hour of one quiet core, the second some four hours. Side
 
 A run that is finished is kept; a run that was stopped is continued (ours) or begun again. Judged are the mean loss of
 the last epoch, the mean loss of all epochs, and kNN at the end: the difference of the means with its 95 % interval
-(Welch), and a permutation test, exact, of the figure and of the whole curve. The last line is one JSON object.
+(Welch), and a permutation test, exact, of the figure and of the whole curve. `--views_alone 4` compares the views
+without a training. The last line is one JSON object.
 """
 
 import argparse
@@ -35,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.hardware import hardware  # noqa: E402 - as a script, its own folder is what is on the path
-from benchmarks.seeds import Values, by_chance, permutation_p, welch  # noqa: E402
+from benchmarks.seeds import Values, by_chance, paired, permutation_p, welch  # noqa: E402
 from pipeline.files import write_atomically  # noqa: E402
 from transfer.curves import read_metrics, series  # noqa: E402
 
@@ -145,6 +146,44 @@ def trainings(args: argparse.Namespace) -> list[Run]:
     return done
 
 
+def views_alone(work: Path, batch_size: int, epochs: int) -> dict[str, Any]:
+    """The views of both without any training: one finished encoder of ours, frozen, over `epochs` passes of each side.
+    A chance of training that makes two runs differ is not in it, so it sees smaller differences of the views.
+
+    In a batch: the InfoNCE loss of the queries among the batch's keys, the cosine of a pair, mean and standard
+    deviation of the pixels (normalised), and the mean squared difference of the two views of an image.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from benchmarks.plain_moco import our_batches, plain_batches
+    from transfer.load import load_encoder
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    encoder = load_encoder(work / "runs" / "ours-0").encoder.eval()
+    feeds = {
+        "ours": our_batches(str(work / "shards" / "train"), batch_size, seed=0),
+        "plain": plain_batches(work / "images" / "train", batch_size, 0),
+    }
+    rows: dict[str, list[list[float]]] = {side: [] for side in feeds}
+    for epoch in range(epochs):
+        for side, batches in feeds.items():
+            for x, y in batches(epoch):
+                with torch.no_grad():
+                    q, k = (F.normalize(encoder(view), dim=1) for view in (x, y))
+                    loss = F.cross_entropy(q @ k.T / 0.1, torch.arange(len(q)))
+                pixels = torch.cat([x, y])
+                figures = (loss, (q * k).sum(dim=1).mean(), pixels.mean(), pixels.std(), F.mse_loss(x, y))
+                rows[side].append([float(figure) for figure in figures])
+    ours, plain = (np.array(rows[side]) for side in feeds)
+    names = ("loss", "cosine of a pair", "mean of pixels", "SD of pixels", "squared difference of two views")
+    return {"batches": len(ours)} | {
+        name: {"ours": ours[:, i].mean(), "plain": plain[:, i].mean()} | welch(ours[:, i], plain[:, i])
+        for i, name in enumerate(names)
+    }
+
+
 def curves_of(runs: list[Run], side: str, curve: str) -> Values:
     """[runs, points]: the loss of each epoch, or kNN in per cent at each measurement."""
     mine = sorted((one for one in runs if one["side"] == side), key=lambda one: int(one["seed"]))
@@ -160,6 +199,8 @@ def compare(runs: list[Run], a: str, b: str) -> dict[str, Any]:
         x, y = (value(curves) for curves in sides)
         p = {"permutation_p": permutation_p(x[:, None], y[:, None]), "curve_p": permutation_p(*sides)}
         found[figure] = welch(x, y) | p
+        n = min(len(x), len(y))  # seeds count from 0 on both sides
+        found[figure]["paired"] = paired(x[:n], y[:n])
         if curve == "loss":
             found[figure] |= {"earlier_by_chance": by_chance(x, y, runs=EARLIER_SEEDS, apart=EARLIER_APART)}
     return found
@@ -198,9 +239,20 @@ def table(result: dict[str, Any]) -> str:
                 f"{f['permutation_p']:.2f} permuted, {f['curve_p']:.2f} whole curve  a true {f['detectable']:.3f} is "
                 "found 8 times in 10"
             )
+            two = f["paired"]
+            lines.append(
+                f"{'':28s}by pairs of one seed, which begin with the same weights: {two['difference']:+.3f} +- "
+                f"{two['half_width']:.3f}  p {two['p']:.2f}, {two['flips_p']:.2f} by swaps  n {two['pairs']}"
+            )
             if "earlier_by_chance" in f:
-                often = f"{f['three_seeds_so_far_apart']:.0%}"
+                often = f"{f['earlier_by_chance']:.0%}"
                 lines.append(f"{'':28s}by this spread, means of 3 seeds lie {EARLIER_APART} apart by chance: {often}")
+    if "views" in result:
+        lines += ["", f"the views alone, through one frozen encoder, {result['views']['batches']} batches a side"]
+        for name, f in result["views"].items():
+            if name != "batches":
+                apart = f"{f['difference']:+.4f} +- {f['half_width']:.4f} (95 %)  p {f['p']:.2f}"
+                lines.append(f"  {name:33s} ours {f['ours']:.4f}  plain {f['plain']:.4f}  {apart}")
     spent = {side: np.median(found["cpu_seconds"]) for side, found in result["sides"].items()}
     lines += ["", "CPU seconds a run, median: " + ", ".join(f"{side} {value:.0f}" for side, value in spent.items())]
     return "\n".join(lines)
@@ -257,8 +309,11 @@ def main() -> None:
     add("--knn_every", type=int, default=4, help="epochs between two measurements of kNN")
     for name, value in RECIPE.items():
         add(f"--{name}", type=type(value), default=value, help="of the recipe, both sides")
+    add("--views_alone", type=int, default=0, help="also passes of both sides' views through a frozen encoder")
     add("--output", type=Path, help="writes OUTPUT.txt, OUTPUT.json and OUTPUT.png")
     args = parser.parse_args()
+    places = {str(args.cifar): "CIFAR", str(args.work): "WORK"}  # of this machine: no business of a results file
+    shown = ["python", "benchmarks/learning.py", *(places.get(word, word) for word in sys.argv[1:])]
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
 
@@ -270,6 +325,9 @@ def main() -> None:
     write_atomically(note, json.dumps(settings).encode())
     prepare(args.cifar.resolve(), args.work, args.images, args.val_images)
     trainings(args)
+    seen = args.work / "views.json"
+    if args.views_alone and not seen.is_file():
+        write_atomically(seen, json.dumps(views_alone(args.work, args.batch_size, args.views_alone)).encode())
 
     from benchmarks.data_path import processor  # with what is measured there, which the trainings do without
 
@@ -285,9 +343,10 @@ def main() -> None:
         f"CIFAR-10, {args.images:,} images, {args.epochs} epochs of {args.images // args.batch_size} steps, "
         f"{args.arch}, batch {args.batch_size}, K {args.queue_size}, fp32; kNN on {args.val_images:,} test images"
     )
-    shown = ["python", "benchmarks/learning.py", *sys.argv[1:]]
     about = {"command": " ".join(shown), "where": where, "what": what, "settings": settings, "hardware": facts}
-    result: dict[str, Any] = {"about": about, **summary(runs), "runs": runs}
+    result: dict[str, Any] = {"about": about, **summary(runs)}
+    result |= {"views": json.loads(seen.read_text())} if seen.is_file() else {}
+    result["runs"] = runs
     print(table(result))
     if args.output:
         args.output.with_suffix(".txt").write_text(table(result) + "\n")

@@ -28,6 +28,22 @@ def welch(a: Values, b: Values) -> dict[str, float]:
     }  # fmt: skip
 
 
+def paired(a: Values, b: Values) -> dict[str, float]:
+    """As `welch`, of a[i] - b[i]: for runs that share something, as their first weights are. `flips_p`: the share of
+    all ways to swap the two of a pair in which the mean difference is at least as large."""
+    apart = a - b
+    error = apart.std(ddof=1) / math.sqrt(len(apart))
+    if error == 0:
+        raise ValueError(f"the {len(apart)} pairs are all equally far apart: nothing to judge a difference by")
+    t = stats.t(len(apart) - 1)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(apart))))
+    flips_p = (np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-9)).mean()
+    return {
+        "difference": float(apart.mean()), "half_width": float(t.ppf(0.975) * error), "pairs": len(apart),
+        "p": float(2 * t.sf(abs(apart.mean()) / error)), "flips_p": float(flips_p),
+    }  # fmt: skip
+
+
 def permutation_p(a: Values, b: Values, *, seed: int = 0) -> float:
     """The share of deals of the runs to two sides whose largest |t| over the columns is at least that of the true one.
 

@@ -30,8 +30,10 @@ def test_the_plain_loop_makes_our_losses(monkeypatch: pytest.MonkeyPatch) -> Non
     steps, size, K, lr = 5, 16, 24, 0.06  # 24: the queue wraps in the midst of a batch
     torch.manual_seed(0)
     theirs = plain_moco.Encoder("test_resnet", 4)
+    torch.manual_seed(0)
     ours = build_encoder("timm:test_resnet", image_size=32)
-    ours.load_state_dict(theirs.state_dict())
+    same = [torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters())]
+    assert all(same)  # runs of one seed begin alike, so that they are pairs
     split_batchnorm(ours, 4)
     batches = [(torch.randn(size, 3, 32, 32), torch.randn(size, 3, 32, 32)) for _ in range(steps)]
 
@@ -98,6 +100,21 @@ def test_welch_and_permutations_against_scipy() -> None:
     assert seeds.permutation_p(a[:, None], b[:, None]) == pytest.approx(exact.pvalue)
 
 
+def test_pairs_against_scipy() -> None:
+    a = np.array([6.70, 6.79, 6.59, 6.66])
+    b = a - [0.06, 0.03, -0.02, 0.05]
+    found = seeds.paired(a, b)
+    theirs = stats.ttest_rel(a, b)
+    interval = theirs.confidence_interval(0.95)
+    assert found["p"] == pytest.approx(theirs.pvalue)
+    assert (found["difference"] - found["half_width"], found["difference"] + found["half_width"]) == pytest.approx(
+        (interval.low, interval.high)
+    )
+    assert found["flips_p"] == pytest.approx(4 / 16)  # none flipped, the third flipped, and both the other way round
+    with pytest.raises(ValueError, match="equally far apart"):
+        seeds.paired(np.array([1.0, 2.0]), np.array([0.0, 1.0]))
+
+
 def test_the_permutations_of_curves() -> None:
     low, high = np.array([[1.0, 5], [2, 6], [3, 4]]), np.array([[11.0, 5], [12, 4], [13, 6]])
     assert seeds.permutation_p(low, high) == pytest.approx(2 / 20)  # the true deal and its mirror image
@@ -151,3 +168,21 @@ def test_a_finished_run_is_kept_and_a_stopped_one_comes_again(tmp_path: Path, mo
     ]  # fmt: skip
     assert [(one["side"], one["seed"]) for one in done] == [("ours", 0), ("plain", 0), ("plain", 1), ("ours", 1)]
     assert (done[0]["loss"], done[0]["knn"]) == ([6.5, 6.25], {"2": 0.5})
+
+
+def test_the_report_of_some_runs(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    runs = [
+        {"side": side, "seed": seed, "loss": list(draw.normal(6, 0.1, 3)), "knn": {"3": 0.3 + 0.01 * draw.random()},
+         "cpu_seconds": 80.0, "seconds": 90.0, "load": 2.0}
+        for side in ("ours", "plain", "plain on ours") for seed in range(3)
+    ]  # fmt: skip
+    result = {"about": {"command": "python", "where": "here", "what": "this"}, **learning.summary(runs[:-1])}
+    assert [pair["sides"] for pair in result["comparisons"]] == [
+        ["ours", "plain"], ["ours", "plain on ours"], ["plain on ours", "plain"],
+    ]  # fmt: skip
+    assert result["comparisons"][1]["knn"]["paired"]["pairs"] == 2  # the third run of a side is yet to come
+    text = learning.table(result)
+    assert "ours less plain on ours" in text and "by chance" in text
+    learning.draw(runs, tmp_path / "curves.png", "title")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
