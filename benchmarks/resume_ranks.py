@@ -9,6 +9,7 @@ others when it is seen to be gone, or all at any time after the start. Prints on
 import contextlib
 import importlib
 import json
+import math
 import os
 import pickle
 import random
@@ -34,7 +35,7 @@ from benchmarks.resume_counting import Row, compare, joined, missing_and_extra  
 from benchmarks.resume_systems import Opened, Place, import_ours, open_ours  # noqa: E402
 
 KEEP = 2  # checkpoints
-LIMIT = 120  # seconds that ranks may take; then they hang
+LIMIT = 180  # seconds in which no rank notes a batch: then they hang
 
 
 # --- a rank -----------------------------------------------------------------------------------------------------------
@@ -175,19 +176,20 @@ def run_phase(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: 
         with contextlib.suppress(OSError):  # it did so itself, and has started another program since
             os.setpgid(pid, group)
         pids.append(pid)
-    at = began + kill["after"] if kill is not None and kill["who"] == "time" else began + LIMIT
+    at = began + kill["after"] if kill is not None and kill["who"] == "time" else math.inf
     codes: dict[int, int] = {}
     outcome = ""
     while len(codes) < world:
         time.sleep(0.005)
         reap(pids, codes)
         gone = any(code != 0 for code in codes.values())
-        if not outcome and (gone or time.time() > at):
+        hung = time.time() - began > LIMIT and time.time() - last_noted(folder, phase, began) > LIMIT
+        if not outcome and (gone or hung or time.time() > at):
             reap(pids, codes)  # a rank that was killed, whose death another one noticed first
-            outcome = "killed" if -signal.SIGKILL in codes.values() else "failed"
-            if not gone:
-                outcome = "hung" if kill is None or kill["who"] != "time" else "killed"
-            elif kill is not None:
+            outcome = "killed" if -signal.SIGKILL in codes.values() or time.time() > at else "failed"
+            if hung and not gone:
+                outcome = "hung"
+            elif gone and kill is not None:
                 time.sleep(kill["delay"])
             kill_group(group)
     kill_group(group)  # workers that outlive their rank
@@ -196,6 +198,10 @@ def run_phase(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: 
         lines = [text.splitlines()[-1] for text in texts if text] or ["no word of it"]
         return next((line for line in lines if "gloo" not in line and "Connection" not in line), lines[0])[:300]
     return outcome or "ended"
+
+
+def last_noted(folder: Path, phase: int, began: float) -> float:
+    return max([began, *(path.stat().st_mtime for path in folder.glob(f"rows{phase}.*"))])
 
 
 def reap(pids: list[int], codes: dict[int, int]) -> None:
