@@ -209,7 +209,7 @@ def run_system(system: str, plans: list[dict[str, Any]], python: Path, work: Pat
                     kind = rest["divides" if left % (BATCH * plan["workers"]) == 0 else "does_not_divide"]
                     kind[0] += 1
                     kind[1] += bool(said["refused"])
-            facts |= {key: said[key] for key in ("import_s", "python") if key in said}
+            facts |= {key: said[key] for key in ("import_s", "python", "versions") if key in said}
         if system == "ours" and cold and "cold_s" not in facts:
             facts["cold_s"] = cold_starts(plan, python, work, cold)
     total = sum_up([said for case in cases.values() for said in case])
@@ -240,7 +240,18 @@ def show(system: str, found: dict[str, Any]) -> None:
             f"{row.get('first_batch_s', float('nan')):>8.2f}{row.get('first_batch_s_max', float('nan')):>7.2f}"
             f"{row.get('bytes_read_again', 0) / 1e3:>9.0f}"
         )
-    print(f"    {json.dumps({k: v for k, v in found.items() if k not in ('cases', *SUMS)})}", flush=True)
+    told = ("kills", "refused", "first_batch_s", "first_batch_s_max", "cases", *SUMS)
+    print(f"    {json.dumps({key: value for key, value in found.items() if key not in told})}", flush=True)
+
+
+def show_head() -> None:
+    print("order: batches whose samples stand in another order; others: that have other samples; both of the batches")
+    print("after a run's first kill. Views: samples with other pixels. First: seconds to the first batch after a kill,")
+    print("median and largest. Again: kB read to the first batch, beyond those of a start.")
+    print(
+        f"{'system':<17}{'case':<27}{'kills':>6}{'refused':>8}{'lost':>7}{'repeated':>9}{'order':>8}{'others':>8}"
+        f"{'batches':>8}{'views':>9}{'first s':>8}{'max':>7}{'again kB':>9}"
+    )
 
 
 def install_peers(systems: list[str], peers: Path) -> None:
@@ -262,11 +273,18 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=REPOSITORY / ".peers", help="folder of the peers' environments")
     parser.add_argument("--install_peers", action="store_true", help="make these environments and end")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, ranks and numbers of ranks")
-    parser.add_argument("--output", type=Path, help="file for the JSON object")
+    parser.add_argument("--output", type=Path, help="file for the results; those of other systems in it are kept")
+    parser.add_argument("--show", type=Path, help="print the table of such a file, and end")
     o = parser.parse_args()
     systems = o.systems.split(",")
     if unknown := set(systems) - set(SYSTEMS):
         parser.error(f"--systems has {', '.join(sorted(unknown))}; there are {', '.join(SYSTEMS)}")
+    if o.show:
+        show_head()
+        for system, found in json.loads(o.show.read_text()).items():
+            if system in SYSTEMS:
+                show(system, found)
+        return
     if o.install_peers:
         install_peers(systems, o.peers)
         return
@@ -280,17 +298,15 @@ def main() -> None:
     from benchmarks.hardware import hardware
 
     facts = hardware("cpu")
-    began, results = time.monotonic(), dict[str, Any]()
+    results = dict[str, Any]()
     print(f"{len(images)} images; {facts['cpu_cores']} cores, load {os.getloadavg()[0]:.1f}, torch {facts['torch']}")
-    print(
-        f"{'system':<17}{'case':<27}{'kills':>6}{'refused':>8}{'lost':>7}{'repeated':>9}{'order':>8}{'others':>8}"
-        f"{'batches':>8}{'views':>9}{'first s':>8}{'max':>7}{'again kB':>9}"
-    )
+    show_head()
     with tempfile.TemporaryDirectory(prefix="resume-") as name:
         work = Path(name)
         make_data(images, work, systems)
         with serving(work / "served") as url:
             for system in systems:
+                began, load = time.monotonic(), os.getloadavg()[0]
                 rng, python = random.Random(o.seed), python_of(system, o.peers)
                 if system != "ours" and (problem := write_for(system, python, work)):
                     results[system] = {"error": problem}
@@ -301,15 +317,12 @@ def main() -> None:
                         else peer_plans(system, work, o.kills, rng)
                     )
                     results[system] = run_system(system, plans, python, work, o.cold)
+                results[system] |= {"seconds": round(time.monotonic() - began), "load": [load, os.getloadavg()[0]]}
                 show(system, results[system])
-    print("order: batches whose samples stand in another order; others: that have other samples; both of the batches")
-    print(
-        "after a run's first kill. Views: samples whose pixels differ. Again: read to the first batch, beyond a start."
-    )
-    print(f"{time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.1f}")
-    text = json.dumps({**results, "hardware": facts, "seed": o.seed})
+    text = json.dumps(results)
     if o.output:
-        o.output.write_text(text + "\n")
+        earlier = json.loads(o.output.read_text()) if o.output.exists() else {}
+        o.output.write_text(json.dumps({**earlier, **results, "hardware": facts}) + "\n")
     print(text)
 
 

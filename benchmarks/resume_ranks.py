@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 import urllib.request
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,13 @@ def cold_start(plan: dict[str, Any]) -> float:
     return float(seconds)
 
 
+def versions(system: str) -> dict[str, str]:
+    """Those of the packages that the system's requirements name."""
+    requirements = REPOSITORY / "benchmarks" / "peers" / f"{system}.txt"
+    lines = requirements.read_text().splitlines() if requirements.exists() else ["torch"]
+    return {name: metadata.version(name) for line in lines if (name := line.partition("==")[0]) and name[0] != "#"}
+
+
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     if "cold" in plan:
@@ -309,7 +317,8 @@ def main() -> None:
         import_ours()
     elif plan["system"] in resume_peers.IMPORT_FIRST:
         importlib.import_module(resume_peers.IMPORT_FIRST[plan["system"]])
-    say({"import_s": round(time.perf_counter() - began, 2), "python": sys.version.split()[0]})
+    imported = round(time.perf_counter() - began, 2)
+    say({"import_s": imported, "python": sys.version.split()[0], "versions": versions(plan["system"])})
     work = Path(plan["work"])
     uninterrupted: list[Row] = []
     counted = {name: plan[name] for name in ("samples", "epochs", "mixture", "whole_run")}
