@@ -219,14 +219,19 @@ def run_system(system: str, plans: list[dict[str, Any]], python: Path, work: Pat
 
 
 def cold_starts(plan: dict[str, Any], python: Path, work: Path, count: int) -> dict[str, float]:
-    """Seconds from the start of a new interpreter, one rank, to the first batch of a run that continues."""
+    """Seconds from the start of a new interpreter, one rank, to the first batch of a run that continues; and those of
+    the processor, which a busy machine does not change."""
     found = []
     for _ in range(count):
         (work / "run" / "cold.json").write_text(json.dumps({**plan, "work": str(work / "run"), "cold": time.time()}))
         command = [str(python), str(REPOSITORY / "benchmarks" / "resume_ranks.py"), str(work / "run" / "cold.json")]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
-        found.append(json.loads(done.stdout.splitlines()[-1])["cold_s"])
-    return {"median": round(statistics.median(found), 2), "max": round(max(found), 2), "n": count}
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    seconds, cpu = ([each[name] for each in found] for name in ("seconds", "cpu_s"))
+    return {
+        "median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2), "n": count,
+        "cpu_median": round(statistics.median(cpu), 2), "load": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
 
 
 def show(system: str, found: dict[str, Any]) -> None:
