@@ -406,7 +406,9 @@ def render_sample(outs, out_shapes, out_ndims, num_outs, ins, in_shapes, in_ndim
 def shape_setter(image_size: int) -> Any:
     """What DALI's numba operator calls once a batch to learn the outputs' shapes: [image_size, image_size, 3] each."""
 
-    @cfunc(types.void(*2 * [types.uint64], types.int32, *2 * [types.uint64], *2 * [types.int32]), nopython=True)
+    @cfunc(
+        types.void(*2 * [types.uint64], types.int32, *2 * [types.uint64], *2 * [types.int32]), nopython=True, cache=True
+    )
     def set_shapes(out_shapes, out_ndims, num_outs, in_shapes, in_ndims, num_ins, samples):  # type: ignore[no-untyped-def]
         addresses = carray(address_as_void_pointer(out_shapes), samples, np.int64)
         for i in range(samples):
