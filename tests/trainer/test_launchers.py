@@ -84,7 +84,6 @@ except ValueError as error:
         (["--cpu", "--num_processes", "2"], {}, "asked for 2 processes and started one"),
         (["--num-processes=2"], {"ACCELERATE_USE_CPU": "true"}, "asked for 2 processes and started one"),
         (["--config_file", "{folder}/cpu.yaml"], {}, "asked for several processes and started one"),
-        (["--cpu", "--num_processes", "1"], {}, "alone"),
         (["--cpu", "--num_processes", "1"], {"MASTER_ADDR": "10.0.0.1"}, "alone"),
     ],
 )
