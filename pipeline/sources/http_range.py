@@ -76,12 +76,14 @@ class Connections:
         """Writes the answer's body to [at, stop) of the file; up to where it came."""
         if not hasattr(_own, "buffer"):
             _own.buffer = memoryview(bytearray(BUFFER))
-        with contextlib.suppress(OSError, http.client.HTTPException), _reading(source, answer) as read:
-            # Bytes that came before an error count.
+        with _reading(source, answer) as read:
             while at < stop:
                 if self._closed.is_set():
                     raise ValueError("closed")
-                count = read(_own.buffer[: min(BUFFER, stop - at)])
+                try:
+                    count = read(_own.buffer[: min(BUFFER, stop - at)])
+                except (OSError, http.client.HTTPException):  # what came before it counts
+                    break
                 if not count:
                     break
                 write_at(descriptor, _own.buffer[:count], at)
@@ -143,17 +145,18 @@ class Connections:
 def _reading(source: socket.socket | None, answer: http.client.HTTPResponse) -> Iterator[Callable[[memoryview], int]]:
     """A function that fills a buffer from the answer's body and returns the bytes it got; 0 at the end.
 
-    From a plain socket the kernel fills a whole buffer in one call, which halves the processor time: no wake-up, no
-    turn at the interpreter's lock for each packet. TLS hands out 16 kB at a time. `source` is None where the server
-    ends the connection behind the answer.
+    From a plain socket the kernel fills a whole buffer in one call: no turn at the interpreter's lock for each piece
+    that comes. TLS hands out 16 kB at a time. `source` is None where the server ends the connection behind the answer.
     """
     if source is None or isinstance(source, ssl.SSLSocket) or answer.isclosed():
         yield answer.readinto
         return
-    ahead = len(answer.fp.peek())  # came with the head
+    ahead: int | None = None  # bytes of it that came with the head
 
     def read(into: memoryview) -> int:
         nonlocal ahead
+        if ahead is None:
+            ahead = len(answer.fp.peek())
         if ahead:
             count = answer.readinto(into[:ahead])
             ahead -= count

@@ -148,6 +148,15 @@ def test_a_broken_connection_keeps_what_came(server: Server, file: int) -> None:
     connections.close()
 
 
+def test_a_file_that_cannot_be_written_is_no_broken_connection(server: Server, tmp_path: Path) -> None:
+    """The disk's own error comes out, as when it is full: to ask the server again would not help."""
+    (tmp_path / "part").touch()
+    descriptor = os.open(tmp_path / "part", os.O_RDONLY)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        Connections().read_range(address(server), 0, 1000, len(CONTENT), descriptor)
+    os.close(descriptor)
+
+
 def test_a_server_that_falls_silent(server: Server, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within its body, the wait ends and what came counts; before its head, the same request may be answered later."""
     monkeypatch.setattr(http_range, "READ_SECONDS", 0.3)
