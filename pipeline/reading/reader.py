@@ -28,6 +28,7 @@ from pipeline.sources.index import Index, read_index, sample_key
 from pipeline.sources.manifest import Source
 from pipeline.sources.scan import read_index_text
 from pipeline.sources.storage import Storage, read_at
+from pipeline.sources.tar import number
 
 INDEX_CACHE_BYTES = 128 << 20
 HEADER = 512  # bytes of a tar header; it ends where the data of its member begins
@@ -63,16 +64,11 @@ def read_member(descriptor: int, url: str, offset: int, member: np.ndarray, row:
     ValueError when the shard has no such member there."""
     read_at(descriptor, url, offset - HEADER, member)
     size = len(member) - HEADER
-    field = member[124:136].tobytes().split(b"\0", 1)[0]
-    try:
-        if int(field, 8) == size:
-            return
-    except ValueError:
-        pass
-    raise ValueError(
-        f"{url} has no member of {size:,} bytes at {offset:,}, where its index has row {row}: the shard was "
-        "replaced; put the old one back, or delete its manifest.json and .idx to have them rebuilt for a new run"
-    )
+    if number(member[124:136].tobytes()) != size:
+        raise ValueError(
+            f"{url} has no member of {size:,} bytes at {offset:,}, where its index has row {row}: the shard was "
+            "replaced; put the old one back, or delete its manifest.json and .idx to have them rebuilt for a new run"
+        )
 
 
 class Reader:
@@ -185,7 +181,7 @@ class Reader:
             rows = draw.row[images]
             offsets[images], sizes[images] = place.entries.offsets[rows], place.entries.sizes[rows]
         ends = np.cumsum(sizes + HEADER).tolist()
-        memory = self._buffers.take(sum(ends[-1:]))
+        memory = self._buffers.take(ends[-1] if ends else 0)
         members = [memory[begin:end] for begin, end in zip([0, *ends], ends)]
         self._batches += 1
         one_by_one = not self._slow or self._batches % RETRY_BATCHES == 0

@@ -48,8 +48,8 @@ def walk_tar(read: Callable[[int, int], bytes], begin: int, end: int, label: str
         header = read(position, BLOCK)
         if header == bytes(BLOCK):
             return  # end of archive: what may follow is padding
-        size = _number(header[124:136])
-        if _number(header[148:156]) not in _checksums(header) or size < 0:
+        size = number(header[124:136])
+        if number(header[148:156]) not in _checksums(header) or size < 0:
             raise ValueError(
                 f"{label} is not a tar or is damaged: no valid header at byte {position - begin:,} of {end - begin:,}"
             )
@@ -134,7 +134,7 @@ def _checksums(header: bytes) -> tuple[int, int]:
     return total, total if without.isascii() else total - 256 * sum(byte > 127 for byte in without)
 
 
-def _number(field: bytes) -> int:
+def number(field: bytes) -> int:
     """An octal number, or GNU's base 256 for sizes of 8 GiB and more; -1 when it is neither."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
