@@ -40,8 +40,7 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.bad_data_judge import OUTCOMES, TOLERANCE, Truth, Verdict, judge, row  # noqa: E402 - as a script
 from benchmarks.bad_data_systems import NUMBER, RECORD  # noqa: E402
 from benchmarks.bad_data_watch import Ended, Limits, NotInstalled, Server  # noqa: E402
-from benchmarks.data_path import processor  # noqa: E402
-from benchmarks.hardware import hardware  # noqa: E402
+from benchmarks.hardware import hardware, processor  # noqa: E402
 from pipeline.sources.index import format_index, index_tar  # noqa: E402
 
 NAMES = {
@@ -224,7 +223,7 @@ def table(found: dict[str, Any], about: dict[str, Any]) -> str:
         f"{about['awkward']} awkward files ({readable} that Pillow opens, the others it refuses), "
         f"each among {BESIDE} good ones; together among {about['good']}",
         f"{about['cpu']}, {about['cpu_cores']} cores, load {about['load']}; Python {about['python']}, "
-        + ", ".join(f"{name} {about[name]}" for name in PACKAGES if name in about)
+        + ", ".join(f"{name} {about[name]}" for name in PACKAGES if about.get(name))
         + f"; {about['date']}",
         "",
         f"{'':36s} {'ends the':>8s} {'':>5s} {'over':>5s} {'wrong pixels':>14s} {'lost':>9s} {'bad ones':>9s} "

@@ -125,7 +125,7 @@ def _kill(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _below(root: int) -> list[int]:
+def processes_below(root: int) -> list[int]:
     """A process and those below it."""
     found = [root]
     for process in found:
@@ -139,7 +139,7 @@ def _below(root: int) -> list[int]:
 def _stat(root: int) -> list[list[int]]:
     """The numbers of /proc/PID/stat of a process and those below it, from the parent's (field 4) on."""
     numbers = []
-    for process in _below(root):
+    for process in processes_below(root):
         with contextlib.suppress(OSError):
             numbers.append([int(v) for v in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1:]])
     return numbers
@@ -158,7 +158,7 @@ def _used(root: int) -> float:
 def _pss(root: int) -> int:
     """Memory as in `_rss`, but with each page that several processes share divided between them."""
     total = 0
-    for process in _below(root):
+    for process in processes_below(root):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):

@@ -11,12 +11,12 @@ this project does without (peers/spdl.txt), and are left out where these are not
 """
 
 import argparse
-import importlib.util
 import io
 import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,10 +34,13 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms as T
 
-from pipeline.loader import Loader
-from pipeline.pixels.graph import Graph, Lent, lend
-from pipeline.pixels.views import IMAGENET, sample_views
-from pipeline.sources.opening import open_source
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+from benchmarks.hardware import is_installed, processor  # noqa: E402 - as a script, its own folder is what is on the path
+from pipeline.loader import Loader  # noqa: E402
+from pipeline.pixels.graph import Graph, Lent, lend  # noqa: E402
+from pipeline.pixels.views import IMAGENET, sample_views  # noqa: E402
+from pipeline.sources.opening import open_source  # noqa: E402
 
 SIZE = 224
 Streams = dict[str, Iterator[int]]  # name -> endless stream of batch sizes
@@ -281,19 +284,6 @@ def measure(streams: Streams, rounds: int, seconds: float, workers: int) -> Rate
                 flush=True,
             )
     return rates
-
-
-def is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

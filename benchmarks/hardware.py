@@ -1,9 +1,11 @@
 """Where a benchmark ran: the card's name for file names, and the versions that go into every result."""
 
+import importlib.util
 import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,20 @@ def card(device: str) -> str:
         return "cpu"
     name = torch.cuda.get_device_name(None if device == "cuda" else device)
     return re.sub(r"\W+|_+", "_", name.removeprefix("NVIDIA ")).strip("_").lower()
+
+
+def processor() -> str:
+    """The processor's own name: "AMD EPYC"."""
+    named = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return named[1].strip() if named else platform.processor()
+
+
+def is_installed(module: str) -> bool:
+    """Whether it could be imported; nothing of it is but the packages around it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.hardware import hardware  # noqa: E402 - as a script, its own folder is what is on the path
+from benchmarks.hardware import hardware, processor  # noqa: E402 - as a script, its own folder is what is on the path
 from benchmarks.seeds import Values, by_chance, paired, permutation_p, welch  # noqa: E402
 from pipeline.files import write_atomically  # noqa: E402
 from transfer.curves import read_metrics, series  # noqa: E402
@@ -328,8 +328,6 @@ def main() -> None:
     seen = args.work / "views.json"
     if args.views_alone and not seen.is_file():
         write_atomically(seen, json.dumps(views_alone(args.work, args.batch_size, args.views_alone)).encode())
-
-    from benchmarks.data_path import processor  # with what is measured there, which the trainings do without
 
     runs = [json.loads(path.read_text()) for path in sorted((args.work / "runs").glob("*/result.json"))]
     facts = hardware("cpu")

@@ -30,7 +30,8 @@ from nvidia import dali
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-from benchmarks.data_path import measure, processor  # noqa: E402 - as a script, its own folder is what is on the path
+from benchmarks.data_path import measure  # noqa: E402 - as a script, its own folder is what is on the path
+from benchmarks.hardware import processor  # noqa: E402
 from examples.lightly_moco import MoCo, Pairs, lightly_batches, our_batches, train  # noqa: E402
 from pipeline.pixels.views import CIFAR  # noqa: E402
 from pipeline.sources.opening import open_source  # noqa: E402

@@ -38,7 +38,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.resume_data import environment, make_data, serving, small_images, write_for  # noqa: E402
+from benchmarks.resume_data import environment, last_line, make_data, serving, small_images, write_for  # noqa: E402
 
 PEERS = REPOSITORY / "benchmarks" / "peers"
 SYSTEMS = ("ours", "webdataset", "torchdata", "litdata", "streaming", "energon", "lancedb")
@@ -156,8 +156,7 @@ def run_plan(plan: dict[str, Any], python: Path, work: Path) -> list[dict[str, A
             if "chain" in said[-1]:
                 print(".", end="", flush=True, file=sys.stderr)
     if child.returncode:
-        lines = (folder / "errors").read_text().strip().splitlines()
-        said.append({"failed": (lines or ["no word of it"])[-1][:300]})
+        said.append({"failed": last_line((folder / "errors").read_text())})
     return said
 
 

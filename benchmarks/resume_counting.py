@@ -28,20 +28,17 @@ def joined(phases: Sequence[tuple[int, Sequence[Row]]]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.step, row.rank))
 
 
+def by_step(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """The rows of each step, in the order of its ranks."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.step, []).append(row)
+    return found
+
+
 def batches(rows: Iterable[Row]) -> dict[int, list[int]]:
     """The ids of each step, over its ranks in their order."""
-    found: dict[int, list[int]] = {}
-    for row in rows:
-        found.setdefault(row.step, []).extend(row.ids)
-    return found
-
-
-def views(rows: Iterable[Row]) -> dict[int, list[int]]:
-    """As `batches`, the checksums."""
-    found: dict[int, list[int]] = {}
-    for row in rows:
-        found.setdefault(row.step, []).extend(row.views)
-    return found
+    return {step: [i for row in given for i in row.ids] for step, given in by_step(rows).items()}
 
 
 def missing_and_extra(rows: Sequence[Row], samples: int, epochs: int, whole_run: bool = False) -> list[tuple[int, int]]:
@@ -77,18 +74,19 @@ def changed_views(before: Sequence[Row], after: Sequence[Row]) -> tuple[int, int
     for row in before:
         for i, view in zip(row.ids, row.views):
             known.setdefault((row.epoch, i), set()).add(view)
-    ids, there, here = batches(before), views(before), views(after)
+    there = by_step(before)
     changed = compared = 0
-    for step, order in batches(after).items():
-        if order == ids.get(step):
+    for step, here in by_step(after).items():
+        order, usual = ([i for row in rows for i in row.ids] for rows in (here, there.get(step, [])))
+        if order == usual:
             compared += len(order)
-            changed += sum(a != b for a, b in zip(there[step], here[step]))
+            had, has = ([view for row in rows for view in row.views] for rows in (there[step], here))
+            changed += sum(a != b for a, b in zip(had, has))
             continue
-        for row in after:
-            if row.step == step:
-                pairs = [((row.epoch, i), view) for i, view in zip(row.ids, row.views) if (row.epoch, i) in known]
-                compared += len(pairs)
-                changed += sum(view not in known[key] for key, view in pairs)
+        for row in here:
+            pairs = [((row.epoch, i), view) for i, view in zip(row.ids, row.views) if (row.epoch, i) in known]
+            compared += len(pairs)
+            changed += sum(view not in known[key] for key, view in pairs)
     return changed, compared
 
 
@@ -125,7 +123,4 @@ def compare(
 
 def uneven(rows: Iterable[Row]) -> int:
     """Steps at which some rank had no batch while another had: a training with DDP would wait there for ever."""
-    ranks: dict[int, list[int]] = {}
-    for row in rows:
-        ranks.setdefault(row.step, []).append(row.world)
-    return sum(len(worlds) < max(worlds) for worlds in ranks.values())
+    return sum(len(given) < max(row.world for row in given) for given in by_step(rows).values())

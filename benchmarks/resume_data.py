@@ -18,6 +18,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def last_line(text: str) -> str:
+    """An error's own words in what a process said."""
+    return (text.strip().splitlines() or ["no word of it"])[-1][:300]
+
+
 def small_images(folder: Path, count: int) -> list[Image.Image]:
     """The first `count` files of the folder that Pillow opens, in the order of their names, SIDE x SIDE pixels."""
     found = []
@@ -84,5 +89,5 @@ def write_for(system: str, python: Path, work: Path) -> str:
         command = [str(python), str(REPOSITORY / "benchmarks" / "resume_peers.py"), system, str(images), str(data)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment())
         if done.returncode:
-            return (done.stderr.strip().splitlines() or ["no word of it"])[-1][:300]
+            return last_line(done.stderr)
     return ""

@@ -25,7 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.resume_data import environment, pack, small_images, write_images  # noqa: E402
+from benchmarks.resume_data import environment, last_line, pack, small_images, write_images  # noqa: E402
 
 SAMPLES, SHARD, BATCH = 10_000_000, 10_000, 24
 IN_SAMPLES = {"samples_yielded", "yielded"}  # counts in torchdata's state
@@ -174,7 +174,7 @@ def main() -> None:
                     command += [str(work / system), str(time.time()), where]
                     done = subprocess.run(command, capture_output=True, text=True, env=environment())
                     if done.returncode:
-                        results[system] = {"error": done.stderr.strip().splitlines()[-1][:300]}
+                        results[system] = {"error": last_line(done.stderr)}
                         break
                     found[system][where].append(json.loads(done.stdout.splitlines()[-1]))
     for system in systems:

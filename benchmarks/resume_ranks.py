@@ -32,6 +32,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from benchmarks import resume_peers  # noqa: E402
+from benchmarks.bad_data_watch import processes_below  # noqa: E402
 from benchmarks.resume_counting import Row, compare, joined, missing_and_extra  # noqa: E402
 from benchmarks.resume_systems import Opened, Place, import_ours, open_ours  # noqa: E402
 
@@ -44,15 +45,10 @@ LIMIT = 180  # seconds in which no rank notes a batch: then they hang
 
 def bytes_read() -> dict[int, int]:
     """By this process and its children, through read() and the like, page cache included."""
-    found, waiting = {}, [os.getpid()]
-    while waiting:
-        process = Path(f"/proc/{waiting.pop()}")
-        try:
-            found[int(process.name)] = int((process / "io").read_text().split()[1])
-            for thread in (process / "task").iterdir():
-                waiting += map(int, (thread / "children").read_text().split())
-        except OSError:  # it has ended
-            continue
+    found = {}
+    for process in processes_below(os.getpid()):
+        with contextlib.suppress(OSError):  # it has ended
+            found[process] = int(Path(f"/proc/{process}/io").read_text().split()[1])
     return found
 
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-from benchmarks.scale_peers import BEGUN, SAMPLES, memory  # noqa: E402 - as a script, its own folder is on the path
+from benchmarks.scale_peers import SAMPLES, first, memory  # noqa: E402 - as a script, its own folder is on the path
 
 REAL_TARS = 20
 PEERS = ("litdata", "streaming")
@@ -70,32 +70,18 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from pipeline.loader import Loader
     from pipeline.sources.opening import open_source
 
-    imported, import_cpu = time.perf_counter(), time.process_time()
+    imported = time.perf_counter(), time.process_time()
     source = open_source(options.data, progress=False)
     opened = time.perf_counter()
     loader = Loader(source, batch_size=options.batch_size, rank=options.rank, world_size=options.ranks, num_threads=1)
     if options.state:
         loader.load_state_dict(pickle.loads(options.state.read_bytes()))
     batch = next(loader)
-    first = time.perf_counter()
-    cpu, now = time.process_time(), memory()
+    result = first(imported, opened) | {"samples": source.samples, "ids": batch.sample_ids[:4].tolist()}
+    began = time.perf_counter()
     for _ in range(20):
         next(loader)
-    result = {
-        "import_s": imported - BEGUN,
-        "open_s": opened - imported,
-        "loader_and_batch_s": first - opened,
-        "first_batch_s": first - BEGUN,
-        "cpu_s": cpu,
-        "import_cpu_s": import_cpu,
-        "step_s": (time.perf_counter() - first) / 20,
-        "samples": source.samples,
-        "ids": batch.sample_ids[:4].tolist(),
-        **now,
-        "rss_after_20": memory()["rss"],
-        "open_files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
-        "mappings": Path("/proc/self/maps").read_text().count("\n"),
-    }
+    result |= {"step_s": (time.perf_counter() - began) / 20, "rss_after_20": memory()["rss"]}
     if options.save:
         options.save.write_bytes(pickle.dumps({**loader.state_dict(), "batches": options.step}))
         result["state_bytes"] = options.save.stat().st_size

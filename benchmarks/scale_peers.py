@@ -107,10 +107,7 @@ def litdata(options: argparse.Namespace) -> dict[str, Any]:
     )
     opened = time.perf_counter()
     loader = StreamingDataLoader(data, batch_size=options.batch_size, num_workers=0)
-    if options.state:
-        loader.load_state_dict(pickle.loads(options.state.read_bytes()))
-    batch = next(iter(loader))
-    measured = {"batch": tuple(batch.shape), **first(imported, opened)}
+    measured = first_batch(loader, options.state, imported, opened)
     if options.save:
         state = loader.state_dict()
         taken = options.step * options.batch_size
@@ -131,14 +128,19 @@ def streaming(options: argparse.Namespace) -> dict[str, Any]:
     data = Views(local=options.data, shuffle=True, batch_size=options.batch_size)
     opened = time.perf_counter()
     loader = StreamingDataLoader(data, batch_size=options.batch_size, num_workers=0)
-    if options.state:
-        loader.load_state_dict(pickle.loads(options.state.read_bytes()))
-    batch = next(iter(loader))
-    measured = {"batch": tuple(batch.shape), **first(imported, opened)}
+    measured = first_batch(loader, options.state, imported, opened)
     if options.save:
         seen = options.step * options.batch_size * options.ranks
         options.save.write_bytes(pickle.dumps(data.state_dict(seen, from_beginning=True)))
     return measured
+
+
+def first_batch(loader: Any, state: Path | None, imported: tuple[float, float], opened: float) -> dict[str, Any]:
+    """Takes it, from the saved state on where there is one."""
+    if state:
+        loader.load_state_dict(pickle.loads(state.read_bytes()))
+    batch = next(iter(loader))
+    return {"batch": tuple(batch.shape), **first(imported, opened)}
 
 
 def dali(options: argparse.Namespace) -> dict[str, Any]:

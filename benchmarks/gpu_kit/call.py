@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -128,9 +127,8 @@ def card(state: Path) -> str:
 def versions(device: str) -> dict[str, Any]:
     """Hardware and versions, and the modules that the product imports and that are missing."""
     sys.path.insert(0, str(REPOSITORY))
-    import importlib.util
 
-    from benchmarks.hardware import card, hardware
+    from benchmarks.hardware import card, hardware, is_installed, processor
 
     modules = (
         "accelerate braceexpand fsspec hypothesis jsonargparse matplotlib numba numpy nvidia.dali PIL psutil pytest "
@@ -138,17 +136,10 @@ def versions(device: str) -> dict[str, Any]:
         "xxhash yaml"
     )
 
-    def there(module: str) -> bool:
-        try:
-            return importlib.util.find_spec(module) is not None
-        except ModuleNotFoundError:
-            return False
-
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     asked = "nvidia-smi --query-gpu=driver_version,clocks.max.sm --format=csv,noheader"
     driver = subprocess.run(asked, shell=True, capture_output=True, text=True)
-    missing = [module for module in modules.split() if not there(module)]
-    facts = {"card": card(device), "cpu": cpu[1] if cpu else "", "driver": driver.stdout.strip()}
+    missing = [module for module in modules.split() if not is_installed(module)]
+    facts = {"card": card(device), "cpu": processor(), "driver": driver.stdout.strip()}
     return facts | hardware(device) | {"missing": missing}
 
 
