@@ -265,7 +265,7 @@ def undisturbed(runs: "Runs", shards_dir: Path, tmp_path_factory: pytest.TempPat
     from training import log_of
 
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert runs.train(out, shards_dir) == [0], log_of(out).read_text()
+    assert runs.train(out, shards_dir, curves=True) == [0], log_of(out).read_text()
     return out
 
 

@@ -54,7 +54,7 @@ def test_killed_in_mid_upload_and_continued_on_a_fresh_machine(
     runs.wait(pids)
     pointer = read_pointer(url)
     assert pointer is not None and pointer["step"] == 4  # 8 was on its way
-    pids = start(runs, url, shards_dir, tmp_path, "second", trackers="[tensorboard]")
+    pids = start(runs, url, shards_dir, tmp_path, "second", trackers="[tensorboard]", curves=True)
     assert runs.wait(pids) == [0], log_of(tmp_path / "second").read_text()
     said = log_of(tmp_path / "second").read_text()
     assert "steps 4 to 20" in said

@@ -44,9 +44,9 @@ class Runs:
 
     def start(self, out: Path, data: Path | list[Path], *, ranks: int = 1, **options: Any) -> list[int]:
         """Returns pids. Options beside the recipe's fields: recipe (a file instead of TINY), patch (code
-        run in the child first), largest_file, env, url (that of --out; `out` then names the log alone). A list is one
-        value for each rank."""
-        command = {name: options.pop(name) for name in ("patch", "largest_file", "env") if name in options}
+        run in the child first), curves (True: draws them at the end), largest_file, env, url (that of --out; `out` then
+        names the log alone). A list is one value for each rank."""
+        command = {name: options.pop(name) for name in ("patch", "curves", "largest_file", "env") if name in options}
         file = options.pop("recipe", None)
         fields = ({} if file else TINY) | {"data": data, "out": options.pop("url", out)} | options
         arguments = (["--config", str(file)] if file else []) + flags(fields)
