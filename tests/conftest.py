@@ -32,7 +32,8 @@ SHARED_DATA = Path(os.environ.get("SHARED_DATA") or REPOSITORY.parent / "shared"
 
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}  # audit events
 BY_LIBRARIES = {"/sbin/ldconfig", "fc-list"}  # torch when imported; matplotlib the first time that it lists the fonts
-PROCESS_FIXTURES = {"run_ranks", "runs", "serve"}
+PROCESS_FIXTURES = {"runs", "serve"}
+Command = Callable[..., subprocess.CompletedProcess[str]]
 _guarded = False
 
 
@@ -293,19 +294,15 @@ def cpu_environment(**extra: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def run_ranks() -> Iterator[Callable[..., str]]:
-    """`run_ranks(nproc, *script_and_arguments, timeout=120)`: torchrun on loopback; returns what the ranks printed."""
+def run_command(runs: "Runs", tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """`run_command("transfer.knn", *arguments, ranks=2, timeout=120)` runs `python -m transfer.knn`, on so many ranks,
+    forked from a process that has imported torch and DALI; a Path runs that file."""
 
-    def run(nproc: int, *arguments: str | Path, timeout: float = 120, **env: str) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
-        command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", *map(str, arguments)]
-        result = subprocess.run(
-            command, env=cpu_environment(**env), cwd=REPOSITORY, timeout=timeout, capture_output=True, text=True
-        )
-        assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-        return result.stdout
+    def run(program: str | Path, *arguments: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
+        path = program if isinstance(program, Path) else REPOSITORY / f"{program.replace('.', '/')}.py"
+        return runs.command(path, arguments, tmp_path_factory.mktemp("command"), **how)
 
-    yield run
+    return run
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
-"""Runs train.py in forked processes: real ranks and real kills without importing torch and DALI once a process.
+"""Runs train.py and other commands in forked processes: real ranks and real kills, without importing torch and DALI
+once a process.
 
-One JSON object a line on stdin, one a line back: {"arguments": [...], "ranks": 2, "log": FILE, "env": {...}} starts
-ranks and answers {"pids": [...]}; {"wait": [pids], "timeout": seconds} answers {"codes": [...]}, null for what still
-runs. An item of "arguments" that is a list is one rank's own value each.
+One JSON object a line on stdin, one a line back: {"arguments": [...], "ranks": 2, "log": FILE, "errors": FILE, "env":
+{...}} starts ranks of train.py, or with "program": FILE of another one, and answers {"pids": [...]}; {"wait": [pids],
+"timeout": seconds} answers {"codes": [...]}, null for what still runs. An item of "arguments" that is a list is one
+rank's own value each. Without "errors" both streams go to "log".
 """
 
 import contextlib
 import json
 import os
+import runpy
 import sys
 import time
 import traceback
@@ -40,9 +43,8 @@ def start(command: dict[str, Any]) -> list[int]:
 def child(command: dict[str, Any], rank: int) -> None:
     code = 1
     try:
-        log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for descriptor, name in ((1, "log"), (2, "errors" if "errors" in command else "log")):
+            os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         os.environ.update(command.get("env", {}))
         if command["ranks"] > 1:
             own = {
@@ -54,6 +56,11 @@ def child(command: dict[str, Any], rank: int) -> None:
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": command["port"]}
             os.environ.update({name: str(value) for name, value in own.items()})
         arguments = [item[rank] if isinstance(item, list) else item for item in command["arguments"]]
+        if program := command.get("program"):
+            sys.argv = [program, *arguments]
+            runpy.run_path(program, run_name="__main__")
+            code = 0
+            return
         if limit := command.get("largest_file"):
             import resource
 
@@ -65,7 +72,9 @@ def child(command: dict[str, Any], rank: int) -> None:
         train.main(recipe.parse(arguments))
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        code = int(error.code or 0) if not isinstance(error.code, str) else 1
     except BaseException:
         traceback.print_exc()
     finally:

@@ -12,13 +12,12 @@ import shlex
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 from test_documents import unknown_commands
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -254,12 +253,13 @@ def test_a_row_of_training_on_constant_tensors(shards_dir: Path) -> None:
 
 
 @pytest.mark.process
-def test_the_exchange_between_ranks(run_ranks: Callable[..., str]) -> None:
-    said = run_ranks(
-        2, BENCHMARKS / "gpu_kit/node.py", "--rank_of_exchange", "--data", "", "--device", "cpu", "--ranks", "2",
-        "--arch", "resnet18", "--image_size", "32", "--images_per_rank", "8", "--queue_size", "40",
+def test_the_exchange_between_ranks(run_command: Command) -> None:
+    said = run_command(
+        BENCHMARKS / "gpu_kit/node.py", "--rank_of_exchange", "--data", "", "--device", "cpu", "--ranks", "2",
+        "--arch", "resnet18", "--image_size", "32", "--images_per_rank", "8", "--queue_size", "40", ranks=2,
     )  # fmt: skip
-    found = json.loads(said.splitlines()[-1])
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout.splitlines()[-1])
     assert all(value for value in found.values() if isinstance(value, bool))
     assert sum(isinstance(value, bool) for value in found.values()) == 4
     assert 0.2 < found["shuffled images from other ranks"] < 0.8

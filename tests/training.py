@@ -1,9 +1,12 @@
 """Trainings for the tests: a tiny recipe, and a server that forks them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,28 @@ class Runs:
     def train(self, out: Path, data: Path | list[Path], **options: Any) -> list[int | None]:
         """Starts and waits; exit codes by rank."""
         return self.wait(self.start(out, data, **options))
+
+    def command(
+        self, program: Path, arguments: Sequence[str | Path], folder: Path, *, ranks: int = 1, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program as `python PROGRAM ARGUMENTS`, its output in files of `folder`. The return code is that of the
+        first rank that has another than 0. AssertionError when it takes longer than `timeout` seconds."""
+        out, errors = folder / "stdout", folder / "stderr"
+        for file in (out, errors):
+            file.write_text("")
+        pids = self._ask(
+            {
+                "program": str(program), "arguments": list(map(str, arguments)), "ranks": ranks, "log": str(out),
+                "errors": str(errors), "env": cpu_environment(), "port": free_port(),
+            }
+        )["pids"]  # fmt: skip
+        codes = self.wait(pids, timeout)
+        for pid, code in zip(pids, codes):
+            if code is None:
+                os.kill(pid, signal.SIGKILL)
+        assert None not in codes, f"{program} runs longer than {timeout} s: {errors.read_text()[-8000:]}"
+        code = next((code for code in codes if code), 0)
+        return subprocess.CompletedProcess([str(program)], code, out.read_text(), errors.read_text())
 
     def close(self) -> None:
         assert self.server.stdin is not None

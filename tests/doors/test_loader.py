@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 
 import pipeline.loader
 from pipeline.loader import Batch, Loader
@@ -329,21 +330,20 @@ def run_loader(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.process
-def test_command(shards_dir: Path) -> None:
+def test_command(shards_dir: Path, run_command: Command) -> None:
     result = run_loader("--data", shards_dir, "--batch_size", "12", "--image_size", "32")
     assert result.returncode == 0, result.stderr
     assert "images/s: 5 batches of 12 in" in result.stdout
     assert all(f"\n  {stage} " in result.stdout for stage in ("read", "screen", "views", "graph"))
     assert result.stdout.rstrip().splitlines()[-1].startswith("bottleneck: ")
     share = ("--data", shards_dir, "--batch_size", "12", "--image_size", "32", "--world_size", "4", "--rank")
-    result = run_loader(*share, "3")
+    result = run_command("pipeline.loader", *share, "3")
     assert result.returncode == 0 and "images/s: 5 batches of 3 in" in result.stdout, result.stderr
-    result = run_loader(*share, "4")  # on a slow machine it says before what it imports
+    result = run_command("pipeline.loader", *share, "4")
     assert result.returncode == 2 and result.stderr.endswith("error: rank 4 of 4: ranks count from 0 to 3\n")
-    result = run_loader("--data", shards_dir, "--batch_size", "12", "--views", "v3")
+    result = run_command("pipeline.loader", "--data", shards_dir, "--batch_size", "12", "--views", "v3")
     assert result.returncode == 2 and "views 'v3' is none of v1" in result.stderr
-    result = run_loader("--data", shards_dir, "--batch_size", "100")
+    result = run_loader("--data", shards_dir, "--batch_size", "100")  # a slow machine says before what it imports
     assert result.returncode == 2 and result.stderr.endswith(
         "error: the source holds 60 samples, less than one batch of 100: lower batch_size\n"
     )

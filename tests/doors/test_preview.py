@@ -1,14 +1,12 @@
 """The preview: one command, one picture of the right size, different for other epochs; errors that tell what to do."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, cpu_environment
+from conftest import Command
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.preview import CELL, FOOT, GAP, LEGEND, PRINT, fitted, preview
@@ -67,17 +65,8 @@ def test_other_recipes(shards_dir: Path, tmp_path: Path, views: str) -> None:
         assert sheet.size[0] == 3 * CELL + 4 * GAP
 
 
-@pytest.mark.process
-def test_command_and_its_errors(shards_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.preview", "--output", str(tmp_path / "views.png"), "--count", "2"]
-    for data, code in ((str(shards_dir), 0), (str(tmp_path / "nowhere"), 2)):
-        result = subprocess.run(
-            [*command, "--data", data],
-            cwd=REPOSITORY,
-            env=cpu_environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+def test_command_and_its_errors(shards_dir: Path, run_command: Command, tmp_path: Path) -> None:
+    for data, code in ((shards_dir, 0), (tmp_path / "nowhere", 2)):
+        result = run_command("pipeline.preview", "--output", tmp_path / "views.png", "--count", "2", "--data", data)
         assert result.returncode == code, result.stderr
     assert "error: " in result.stderr and len(result.stderr.splitlines()) <= 2

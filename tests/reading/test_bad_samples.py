@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from PIL import Image, ImageOps
 from sample_shards import write_shards
 
@@ -95,13 +96,14 @@ def test_one_in_ten_troublesome(troublesome: list[Path], image_folder: Path, tmp
     assert all(line["reason"] and line["key"] and line["shard"].endswith(".tar") for line in lines)
 
 
-@pytest.mark.process
-def test_max_bad_fraction_ends_the_run(troublesome: list[Path], image_folder: Path, tmp_path: Path) -> None:
+def test_max_bad_fraction_ends_the_run(
+    troublesome: list[Path], image_folder: Path, run_command: Command, tmp_path: Path
+) -> None:
     files, _ = mixed(troublesome, sorted(image_folder.rglob("*.jpg")))
     data = write_shards(tmp_path / "shards", files, 100)
-    command = [sys.executable, "-m", "pipeline.loader", "--data", str(data), "--batch_size", "40", "--image_size", "32"]
-    command += ["--max_bad_fraction", "0.005", "--quarantine", str(tmp_path / "q.jsonl"), "--num_threads", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    flags = ["--data", data, "--batch_size", "40", "--image_size", "32", "--max_bad_fraction", "0.005"]
+    flags += ["--quarantine", tmp_path / "q.jsonl", "--num_threads", "1"]
+    result = run_command("pipeline.loader", *flags)
     assert result.returncode == 2, result.stderr
     error = result.stderr.splitlines()[-1]
     assert error.startswith("error: 5 of ") and "more than max_bad_fraction 0.005 allows" in error

@@ -1,12 +1,10 @@
 """The curves of a run: what is read from metrics.jsonl, and that a picture comes of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, cpu_environment
+from conftest import Command
 from PIL import Image
 
 from transfer.curves import draw, read_metrics, series
@@ -62,19 +60,11 @@ def test_draw(tmp_path: Path) -> None:
     assert not list(run.glob("*.tmp"))
 
 
-@pytest.mark.process
-def test_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "transfer.curves"]
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], env=cpu_environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-        )
-
+def test_command(run_command: Command, tmp_path: Path) -> None:
     run = write(tmp_path / "run", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
-    made = call(str(run), "--output", str(tmp_path / "c.png"))
+    made = run_command("transfer.curves", run, "--output", tmp_path / "c.png")
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "c.png").is_file()
-    missing = call(str(tmp_path / "nothing"))
+    missing = run_command("transfer.curves", tmp_path / "nothing")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: no ")

@@ -5,14 +5,14 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, cpu_environment, make_image_folder
+from conftest import Command, cpu_environment, make_image_folder
 
 from pipeline.labelled import eval_batches
 from pipeline.loader import Loader
@@ -191,24 +191,22 @@ def test_parts_do_not_depend_on_ranks_and_fit_into_memory(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_command_and_ranks(run_folder: Path, shards_dir: Path, tmp_path: Path, run_ranks: Callable[..., str]) -> None:
+def test_command_and_ranks(run_folder: Path, shards_dir: Path, tmp_path: Path, run_command: Command) -> None:
     arguments = ["--run", run_folder, "--data", shards_dir, "--batch_size", "16", "--views", "2", "--num_threads", "1"]
-    command = [sys.executable, "-m", "transfer.embed", *map(str, arguments), "--output", str(tmp_path / "alone")]
-    alone = subprocess.run(command, cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, timeout=120)
+    alone = run_command("transfer.embed", *arguments, "--output", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
     result = json.loads(alone.stdout.splitlines()[-1])
     named = {name: result[name] for name in ("samples", "left_out", "dimensions", "views", "features", "step")}
     assert named == {"samples": 60, "left_out": 0, "dimensions": 512, "views": 2, "features": "backbone", "step": 7}
-    shared = run_ranks(2, "-m", "--", "transfer.embed", *arguments, "--output", tmp_path / "two")
-    assert json.loads(shared.strip().splitlines()[-1])["samples"] == 60
+    both = run_command("transfer.embed", *arguments, "--output", tmp_path / "two", ranks=2)
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout.splitlines()[-1])["samples"] == 60
     one, two = (open_embedding(tmp_path / name) for name in ("alone", "two"))
     np.testing.assert_allclose(one.features, two.features, rtol=1e-5, atol=1e-6)
     assert one.views is not None
     assert two.views is not None
     np.testing.assert_allclose(one.views, two.views, rtol=1e-5, atol=1e-6)
-    again = subprocess.run(
-        [*command, "--views", "0"], cwd=REPOSITORY, env=cpu_environment(), capture_output=True, text=True, timeout=120
-    )
+    again = run_command("transfer.embed", *arguments, "--output", tmp_path / "alone", "--views", "0")
     assert again.returncode == 2
     assert "holds other features" in again.stderr
 

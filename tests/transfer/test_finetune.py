@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from coloured import coloured
-from conftest import REPOSITORY, cpu_environment
+from conftest import REPOSITORY, Command, cpu_environment
 
 import checkpoint
 import recipe as recipes
@@ -183,13 +182,15 @@ def test_killed_and_continued_it_comes_to_the_same_end(
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(
-    sources: tuple[Source, Source], folders: tuple[Path, Path], run_ranks: Callable[..., str], tmp_path: Path
+    sources: tuple[Source, Source], folders: tuple[Path, Path], run_command: Command, tmp_path: Path
 ) -> None:
     """Of an encoder without batch norm, whose statistics are of a rank's images alone."""
     run = run_of(tmp_path / "run", "timm:test_vit")
     alone = tune(run, sources, tmp_path / "one")
-    arguments = ["transfer.finetune", "--run", run, "--train", folders[0], "--val", folders[1], *FLAGS.split()]
-    said = json.loads(run_ranks(2, "-m", "--", *arguments, "--out", tmp_path / "two").splitlines()[-1])
+    arguments = ["--run", run, "--train", folders[0], "--val", folders[1], *FLAGS.split(), "--out", tmp_path / "two"]
+    both = run_command("transfer.finetune", *arguments, ranks=2)
+    assert both.returncode == 0, both.stderr
+    said = json.loads(both.stdout.splitlines()[-1])
     assert (
         said["finished"] is True
         and said["step"] == alone["step"]

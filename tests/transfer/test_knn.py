@@ -5,14 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, cpu_environment
+from conftest import REPOSITORY, Command, cpu_environment
 
 from pipeline.sources.opening import open_source
 from transfer import knn
@@ -107,27 +106,17 @@ print("same" * (rank == 0))
 """
 
 
-def test_ranks_share_the_work(run_ranks: Callable[..., str], tmp_path: Path) -> None:
+def test_ranks_share_the_work(run_command: Command, tmp_path: Path) -> None:
     script = tmp_path / "classify.py"
     script.write_text(SHARED_CLASSIFY.replace("# some_features", inspect.getsource(some_features)))
-    assert "same" in run_ranks(2, script)
-
-
-def knn_command(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "transfer.knn", *map(str, arguments)],
-        env=cpu_environment(),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    done = run_command(script, ranks=2)
+    assert "same" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
-def test_command(run_folder: Path, shards_dir: Path, run_ranks: Callable[..., str]) -> None:
+def test_command(run_folder: Path, shards_dir: Path, run_command: Command) -> None:
     arguments = ["--run", run_folder, "--train", shards_dir, "--val", shards_dir, "--k", "5", "--batch_size", "16"]
-    alone = knn_command(*arguments)
+    alone = run_command("transfer.knn", *arguments)
     assert alone.returncode == 0, alone.stderr
     result = json.loads(alone.stdout.splitlines()[-1])
     assert {key: result[key] for key in ("k", "train", "val", "classes", "step", "features")} == {
@@ -139,7 +128,9 @@ def test_command(run_folder: Path, shards_dir: Path, run_ranks: Callable[..., st
         "features": "backbone",
     }
     assert 1 / 3 < result["knn"] <= 1  # each image is among its own neighbours here
-    shared = json.loads(run_ranks(2, "-m", "--", "transfer.knn", *arguments).strip().splitlines()[-1])
+    both = run_command("transfer.knn", *arguments, ranks=2)
+    assert both.returncode == 0, both.stderr
+    shared = json.loads(both.stdout.splitlines()[-1])
     assert shared["knn"] == result["knn"]
     assert shared["train"] == 60
     told = [line for line in alone.stderr.splitlines() if "60 of the 60 images" in line]
@@ -148,7 +139,10 @@ def test_command(run_folder: Path, shards_dir: Path, run_ranks: Callable[..., st
 
 @pytest.mark.process
 def test_command_errors(run_folder: Path, shards_dir: Path, tmp_path: Path) -> None:
-    wrong = knn_command("--run", tmp_path / "nothing", "--train", shards_dir, "--val", shards_dir)
+    """In a new interpreter, as a user's is."""
+    flags = ["--run", tmp_path / "nothing", "--train", shards_dir, "--val", shards_dir]
+    command = [sys.executable, "-m", "transfer.knn", *map(str, flags)]
+    wrong = subprocess.run(command, env=cpu_environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2
     assert "nothing" in wrong.stderr
     assert "Traceback" not in wrong.stderr

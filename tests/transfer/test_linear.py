@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from coloured import coloured
-from conftest import REPOSITORY, cpu_environment
+from conftest import REPOSITORY, Command, cpu_environment
 
 import checkpoint
 from model.encoders import build_encoder
@@ -190,20 +189,23 @@ def test_sources_that_do_not_fit(sources: tuple[Source, Source], tmp_path: Path)
 
 @pytest.mark.slow
 def test_command_on_two_ranks_killed_and_continued_on_one(
-    run_folder: Path, folders: tuple[Path, Path], run_ranks: Callable[..., str], tmp_path: Path
+    run_folder: Path, folders: tuple[Path, Path], run_command: Command, tmp_path: Path
 ) -> None:
-    arguments = ["transfer.linear", "--run", run_folder, "--train", folders[0], "--val", folders[1], "--lr", "[0.1, 1]"]
+    arguments = ["--run", run_folder, "--train", folders[0], "--val", folders[1], "--lr", "[0.1, 1]"]
     arguments += ["--batch_size", "20", "--num_threads", "1", "--image_size", "16", "--out"]
-    shared = json.loads(run_ranks(2, "-m", "--", *arguments, tmp_path / "two", "--epochs", "3").splitlines()[-1])
+    both = run_command("transfer.linear", *arguments, tmp_path / "two", "--epochs", "3", ranks=2)
+    assert both.returncode == 0, both.stderr
+    shared = json.loads(both.stdout.splitlines()[-1])
     assert shared["train"] == 60 and shared["val"] == 31 and shared["lr"] in (0.1, 1)
 
-    command = [sys.executable, "-m", *map(str, arguments), str(tmp_path / "one"), "--epochs", "3"]
+    arguments += [tmp_path / "one", "--epochs", "3"]
+    command = [sys.executable, "-m", "transfer.linear", *map(str, arguments)]
     with subprocess.Popen(command, env=cpu_environment(), cwd=REPOSITORY) as process:
         deadline = time.monotonic() + 120
         while not checkpoint.list_steps(tmp_path / "one") and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-    alone = subprocess.run(command, env=cpu_environment(), cwd=REPOSITORY, timeout=120, capture_output=True, text=True)
+    alone = run_command("transfer.linear", *arguments)
     assert alone.returncode == 0, alone.stderr
     rows = [list(map(json.loads, (tmp_path / n / "metrics.jsonl").read_text().splitlines())) for n in ("two", "one")]
     assert len(rows[0]) == len(rows[1]) == 6
@@ -212,7 +214,5 @@ def test_command_on_two_ranks_killed_and_continued_on_one(
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["top1"] == pytest.approx(one["top1"], abs=1.01 / 31)  # an image that rounding moves
 
-    wrong = subprocess.run(
-        [*command, "--lr", "3"], env=cpu_environment(), cwd=REPOSITORY, capture_output=True, text=True
-    )
+    wrong = run_command("transfer.linear", *arguments, "--lr", "3")
     assert wrong.returncode == 2 and "another experiment" in wrong.stderr and "Traceback" not in wrong.stderr
