@@ -5,16 +5,12 @@ fsspec's clients carry every byte through Python's event loop, which costs twice
 compression, passwords in the address) are declined, and the caller asks fsspec.
 """
 
-import contextlib
 import functools
 import http.client
 import os
 import re
-import socket
 import ssl
-import struct
 import threading
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -59,8 +55,8 @@ class Connections:
         is_spent = False
         try:
             at, stop = _expected(answer, start, end, size)
-            at = self._copy(connection.sock, answer, descriptor, at, stop)
-            is_spent = at == stop and not answer.will_close
+            at = self._copy(answer, descriptor, at, stop)
+            is_spent = at == stop and answer.isclosed() and not answer.will_close
         finally:
             if is_spent:
                 self._keep(place, connection)
@@ -70,24 +66,21 @@ class Connections:
             raise OSError(f"no bytes came from {start:,} on, of {size:,}")
         return at
 
-    def _copy(
-        self, source: socket.socket | None, answer: http.client.HTTPResponse, descriptor: int, at: int, stop: int
-    ) -> int:
+    def _copy(self, answer: http.client.HTTPResponse, descriptor: int, at: int, stop: int) -> int:
         """Writes the answer's body to [at, stop) of the file; up to where it came."""
         if not hasattr(_own, "buffer"):
             _own.buffer = memoryview(bytearray(BUFFER))
-        with _reading(source, answer) as read:
-            while at < stop:
-                if self._closed.is_set():
-                    raise ValueError("closed")
-                try:
-                    count = read(_own.buffer[: min(BUFFER, stop - at)])
-                except (OSError, http.client.HTTPException):  # what came before it counts
-                    break
-                if not count:
-                    break
-                write_at(descriptor, _own.buffer[:count], at)
-                at += count
+        while at < stop:
+            if self._closed.is_set():
+                raise ValueError("closed")
+            try:
+                count = answer.readinto(_own.buffer[: min(BUFFER, stop - at)])
+            except (OSError, http.client.HTTPException):  # what came before it counts
+                break
+            if not count:
+                break
+            write_at(descriptor, _own.buffer[:count], at)
+            at += count
         return at
 
     def _ask(
@@ -105,8 +98,6 @@ class Connections:
                     connection = self._new(place)
                     connection.connect()
                     connection.sock.settimeout(READ_SECONDS)
-                    limit = struct.pack("ll", int(READ_SECONDS), int(READ_SECONDS % 1 * 1e6))
-                    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
                 connection.request("GET", target, headers=headers)
                 return connection, connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
@@ -139,36 +130,6 @@ class Connections:
             for connection in (c for idle in self._idle.values() for c in idle):
                 connection.close()
             self._idle.clear()
-
-
-@contextlib.contextmanager
-def _reading(source: socket.socket | None, answer: http.client.HTTPResponse) -> Iterator[Callable[[memoryview], int]]:
-    """A function that fills a buffer from the answer's body and returns the bytes it got; 0 at the end.
-
-    From a plain socket the kernel fills a whole buffer in one call: no turn at the interpreter's lock for each piece
-    that comes. TLS hands out 16 kB at a time. `source` is None where the server ends the connection behind the answer.
-    """
-    if source is None or isinstance(source, ssl.SSLSocket) or answer.isclosed():
-        yield answer.readinto
-        return
-    ahead: int | None = None  # bytes of it that came with the head
-
-    def read(into: memoryview) -> int:
-        nonlocal ahead
-        if ahead is None:
-            ahead = len(answer.fp.peek())
-        if ahead:
-            count = answer.readinto(into[:ahead])
-            ahead -= count
-            return count
-        return source.recv_into(into, len(into), socket.MSG_WAITALL)
-
-    source.settimeout(None)  # Python's timeout makes calls that do not wait for all; SO_RCVTIMEO ends them
-    try:
-        yield read
-    finally:
-        source.settimeout(READ_SECONDS)
-        answer.close()  # the connection may now be asked again, if nothing is left in it
 
 
 def _expected(answer: http.client.HTTPResponse, start: int, end: int, size: int) -> tuple[int, int]:
