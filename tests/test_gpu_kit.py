@@ -252,7 +252,6 @@ def test_a_row_of_training_on_constant_tensors(shards_dir: Path) -> None:
     assert found["cpu_cores"] > 0
 
 
-@pytest.mark.process
 def test_the_exchange_between_ranks(run_command: Command) -> None:
     said = run_command(
         BENCHMARKS / "gpu_kit/node.py", "--rank_of_exchange", "--data", "", "--device", "cpu", "--ranks", "2",

@@ -110,7 +110,7 @@ def test_ranks_share_the_work(run_command: Command, tmp_path: Path) -> None:
     script = tmp_path / "classify.py"
     script.write_text(SHARED_CLASSIFY.replace("# some_features", inspect.getsource(some_features)))
     done = run_command(script, ranks=2)
-    assert "same" in done.stdout, done.stderr
+    assert done.returncode == 0 and "same" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
