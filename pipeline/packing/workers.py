@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from pipeline.packing import shard
 from pipeline.progress import Progress
-from pipeline.sources.scan import hidden_main
+from pipeline.sources.scan import starting_processes
 
 AHEAD = 2  # tasks that wait beyond those in work: enough to keep all workers busy, few enough to keep memory small
 
@@ -23,7 +22,8 @@ AHEAD = 2  # tasks that wait beyond those in work: enough to keep all workers bu
 def warm_up() -> None:
     """Begins to import what workers need, in the process that they will be forked from, while this one works on."""
     multiprocessing.set_forkserver_preload(["pipeline.packing.shard", "webdataset"])
-    multiprocessing.forkserver.ensure_running()
+    with starting_processes():
+        multiprocessing.forkserver.ensure_running()
 
 
 @contextlib.contextmanager
@@ -62,7 +62,6 @@ def _start_worker(counters: "ctypes.Array[ctypes.c_longlong]") -> None:
     shard.COUNTERS = counters
     number = int(re.split("[-:]", multiprocessing.current_process().name)[-1])  # a pool numbers its workers in a row
     shard.COUNTER = 2 * (number % (len(counters) // 2))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def follow_parent() -> None:  # when that is killed without a word, its workers would wait for ever
         parent = multiprocessing.parent_process()
@@ -97,7 +96,7 @@ def run(
         while True:
             while error is None and len(running) < count + AHEAD and (task := next(waiting, None)) is not None:
                 try:
-                    with hidden_main():  # a worker starts when the first tasks are submitted
+                    with starting_processes():  # a worker starts when the first tasks are submitted
                         running.add(pool.submit(work, task))
                 except futures.BrokenExecutor as problem:  # a worker died between two tasks
                     error = problem

@@ -2,12 +2,14 @@
 
 import contextlib
 import multiprocessing
+import signal
 import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -141,23 +143,28 @@ def in_processes(work: Callable[[T], R], jobs: Sequence[T], what: str, workers: 
         return
     # spawn: the parent may have threads (DALI, fsspec) that a fork would not survive.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with hidden_main():
+        with starting_processes():
             results = map_ahead(pool, work, jobs)
         yield from track(results, label, len(jobs), unit="shards")
 
 
 @contextlib.contextmanager
-def hidden_main() -> Iterator[None]:
-    """Processes that are started inside this block do not import the script that the user runs.
+def starting_processes() -> Iterator[None]:
+    """Processes that are started inside this block do not import the script that the user runs, and Ctrl-C, which a
+    terminal sends to all of them, does not reach them: the parent decides.
 
-    They need nothing of it, it may take seconds (torch), and a script without `if __name__ == "__main__"` would start
-    its own work again in each of them."""
+    They need nothing of the script, it may take seconds (torch), and one without `if __name__ == "__main__"` would
+    start its own work again in each of them. They inherit SIGINT blocked; a handler that they set themselves would be
+    too late for a Ctrl-C while they start."""
     main = sys.modules["__main__"]
+    resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT in this thread
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def map_ahead(pool: Executor, work: Callable[[T], R], jobs: Sequence[T]) -> Iterator[R]:

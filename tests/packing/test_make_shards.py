@@ -524,9 +524,18 @@ def test_progress_in_a_log_file(
         for entry in collect(*arguments, **more):
             time.sleep(0.005)
             yield entry
-        progress.LINE_EVERY = 1e-6  # packing so few may take less than a tenth of a second
+
+    class Prompt(progress.Progress):  # packing so few may take less than a tenth of a second
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            progress.FEW_SECONDS = progress.LINE_EVERY = 1e-6
+            super().__init__(*arguments, **more)
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            progress.FEW_SECONDS = 600.0  # nothing of what comes after it
 
     monkeypatch.setattr(entry_point, "collect", slowly)
+    monkeypatch.setattr(workers, "Progress", Prompt)
     for name in ("FEW_SECONDS", "LINE_EVERY"):
         monkeypatch.setattr(progress, name, 0.1)
     make(image_folder, tmp_path / "slow", samples_per_shard=5)

@@ -1,6 +1,8 @@
 """The pool of packing workers: a worker that dies is one clear error, whatever the pool was doing then."""
 
 import ctypes
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import time
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.packing import shard, workers
+from pipeline.sources.scan import in_processes
 
 pytestmark = pytest.mark.process
 
@@ -42,3 +45,18 @@ def test_counters_have_no_lock_that_a_killed_worker_could_take_with_it() -> None
         assert count == 2 and isinstance(counters, ctypes.Array)  # not multiprocessing's wrapper with a lock
         assert sum(pool.submit(work, "count").result() for _ in range(20)) == 20
         assert sum(counters[::2]) == 20 and sum(counters[1::2]) == 0
+
+
+def blocks_control_c(_: object = None) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_control_c_never_reaches_a_process_that_works_for_another() -> None:
+    """One that only ignored it from some line of its own on ended in a traceback when Ctrl-C came before that line."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+    workers.warm_up()
+    with workers.executor(2, "") as (pool, _, _):
+        assert pool.submit(blocks_control_c).result()
+    assert list(in_processes(blocks_control_c, range(8), "", 2, False)) == [True] * 8
+    assert not blocks_control_c()
