@@ -112,7 +112,7 @@ def rank_main(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: 
     log.write(json.dumps(step) + "\n")
     log.flush()
     opened = open_system(system, place, states)
-    first = None
+    first, killing = None, None
     while True:
         got = next(opened.batches, None)
         if first is None and got is not None:
@@ -127,7 +127,8 @@ def rank_main(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: 
             break
         if kill is not None and kill["step"] <= step and kill["rank"] == rank:
             end, whom = (os.kill, os.getpid()) if kill["who"] == "one" else (os.killpg, 0)
-            threading.Timer(kill["delay"], end, (whom, signal.SIGKILL)).start()
+            killing = threading.Timer(kill["delay"], end, (whom, signal.SIGKILL))
+            killing.start()
             kill = None
         step += 1
         if step % (chain["save_every"] * chain["accumulate"]) == 0:
@@ -139,6 +140,8 @@ def rank_main(plan: dict[str, Any], chain: dict[str, Any], folder: Path, phase: 
             if rank == 0:
                 saved.save(step, every)
     saved.join()
+    if killing is not None:
+        killing.join()  # what is left of the run takes less than the delay
     opened.close()
     log.close()
     dist.barrier()
@@ -266,7 +269,7 @@ def run_chain(plan: dict[str, Any], chain: dict[str, Any], folder: Path) -> tupl
         if phase and first is not None:
             kills[-1]["from"] = first
             first_resumed = first if first_resumed is None else min(first, first_resumed)
-        last = phase == len(chain["kills"])
+        last = phase == len(chain["kills"]) or (outcome == "ended" and not rows)  # the end itself had been saved
         if outcome != ("ended" if last else "killed"):
             refused = outcome if outcome not in ("ended", "killed") else f"{outcome} too early"
             break
