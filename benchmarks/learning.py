@@ -121,15 +121,17 @@ def one(side: str, seed: int, args: argparse.Namespace) -> Run:
     folder = args.work / "runs" / f"{side.replace(' ', '_')}-{seed}"
     result = folder / "result.json"
     if not result.is_file():
+        continued = (folder / "checkpoints").exists()  # then only a part of it is timed here
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         run(*command(side, seed, args.work, folder, args), log=args.work / "logs" / f"{folder.name}.log")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         rows, per_epoch = read_metrics(folder), args.images // args.batch_size
         steps, knn = series(rows, "knn")
+        used = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
         found = {
             "side": side, "seed": seed, "loss": series(rows, "loss")[1],
             "knn": {str(step // per_epoch): value for step, value in zip(steps, knn)},
-            "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+            "cpu_seconds": None if continued else used,
             "seconds": round(time.monotonic() - began, 1), "load": round(os.getloadavg()[1], 1),
         }  # fmt: skip
         write_atomically(result, json.dumps(found).encode())
@@ -212,7 +214,10 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     sides: dict[str, Any] = {}
     for side in there:
         mine = [one for one in runs if one["side"] == side]
-        sides[side] = {"runs": len(mine), "cpu_seconds": [one["cpu_seconds"] for one in mine]}
+        sides[side] = {
+            "runs": len(mine),
+            "cpu_seconds": [one["cpu_seconds"] for one in mine if one["cpu_seconds"] is not None],
+        }
         for figure, (_, curve, value) in FIGURES.items():
             x = value(curves_of(runs, side, curve))
             sides[side][figure] = {"mean": x.mean(), "sd": x.std(ddof=1), "min": x.min(), "max": x.max()}
