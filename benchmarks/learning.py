@@ -196,13 +196,13 @@ def curves_of(runs: list[Run], side: str, curve: str) -> Values:
 def compare(runs: list[Run], a: str, b: str) -> dict[str, Any]:
     """a - b for each figure, with what `seeds` says of it."""
     found: dict[str, Any] = {"sides": [a, b]}
+    seeds = [sorted(int(one["seed"]) for one in runs if one["side"] == side) for side in (a, b)]  # as in curves_of
     for figure, (_, curve, value) in FIGURES.items():
         sides = [curves_of(runs, side, curve) for side in (a, b)]
         x, y = (value(curves) for curves in sides)
         p = {"permutation_p": permutation_p(x[:, None], y[:, None]), "curve_p": permutation_p(*sides)}
         found[figure] = welch(x, y) | p
-        n = min(len(x), len(y))  # seeds count from 0 on both sides
-        found[figure]["paired"] = paired(x[:n], y[:n])
+        found[figure]["paired"] = paired(x[np.isin(seeds[0], seeds[1])], y[np.isin(seeds[1], seeds[0])])
         if curve == "loss":
             found[figure] |= {"earlier_by_chance": by_chance(x, y, runs=EARLIER_SEEDS, apart=EARLIER_APART)}
     return found
