@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -62,6 +63,7 @@ def _start_worker(counters: "ctypes.Array[ctypes.c_longlong]") -> None:
     shard.COUNTERS = counters
     number = int(re.split("[-:]", multiprocessing.current_process().name)[-1])  # a pool numbers its workers in a row
     shard.COUNTER = 2 * (number % (len(counters) // 2))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # not blocked when the fork server was running before, for the caller
 
     def follow_parent() -> None:  # when that is killed without a word, its workers would wait for ever
         parent = multiprocessing.parent_process()

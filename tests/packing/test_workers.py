@@ -1,17 +1,16 @@
 """The pool of packing workers: a worker that dies is one clear error, whatever the pool was doing then."""
 
 import ctypes
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from pipeline.packing import shard, workers
-from pipeline.sources.scan import in_processes
 
 pytestmark = pytest.mark.process
 
@@ -47,16 +46,25 @@ def test_counters_have_no_lock_that_a_killed_worker_could_take_with_it() -> None
         assert sum(counters[::2]) == 20 and sum(counters[1::2]) == 0
 
 
-def blocks_control_c(_: object = None) -> bool:
-    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+FRESH = """
+import functools, multiprocessing.forkserver, signal
+from pipeline.packing import workers
+from pipeline.sources.scan import in_processes
+
+blocked = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)
+with workers.executor(1, "") as (pool, _, _):  # whose fork server knows nothing of it, as one of the caller's own
+    assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+multiprocessing.forkserver._forkserver._stop()
+workers.warm_up()
+with workers.executor(2, "") as (pool, _, _):
+    assert signal.SIGINT in pool.submit(blocked, ()).result()
+assert all(signal.SIGINT in mask for mask in in_processes(blocked, 8 * [()], "", 2, False))
+assert signal.SIGINT not in blocked(())
+"""
 
 
 def test_control_c_never_reaches_a_process_that_works_for_another() -> None:
-    """One that only ignored it from some line of its own on ended in a traceback when Ctrl-C came before that line."""
-    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
-    workers.warm_up()
-    with workers.executor(2, "") as (pool, _, _):
-        assert pool.submit(blocks_control_c).result()
-    assert list(in_processes(blocks_control_c, range(8), "", 2, False)) == [True] * 8
-    assert not blocks_control_c()
+    """One that only ignored it from some line of its own on ended in a traceback when Ctrl-C came before that line. In
+    an interpreter of its own, which has started no process yet."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
