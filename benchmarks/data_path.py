@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -345,11 +346,14 @@ def main() -> None:
     sizes = np.array([Image.open(io.BytesIO(e)).size for e in encoded])
     size = "x".join(str(int(v)) for v in np.median(sizes, axis=0))
     kilobytes = sum(map(len, encoded)) / len(encoded) / 1000
+    optional = {"decode_torchcodec": ["torchcodec"], "spdl": ["spdl", "albumentationsx"]}
+    versions = [f"{package} {version(package)}, " for name in optional if name in rates for package in optional[name]]
     lines = [
         f"two {SIZE} x {SIZE} views, {len(encoded)} photographs (median {size}, {kilobytes:.0f} kB)"
         f", {w} workers, batch {b}, {args.rounds} rounds of {args.seconds:g} s, interleaved",
         f"{processor()}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, DALI {dali.__version__}, {time.strftime('%Y-%m-%d')}",
+        f"torchvision {torchvision.__version__}, DALI {dali.__version__}, {''.join(versions)}"
+        f"{time.strftime('%Y-%m-%d')}",
         f"{'':16s} {'images/s':>9s} {'range':>13s} {'/ reference_v2':>15s} {'/ plain_dali':>13s} {'CPU ms/image':>13s}",
     ]
     for name, values in rates.items():
